@@ -1,0 +1,263 @@
+"""Configuration: YAML files that include each other, dotted `key=value` on top, one frozen pydantic tree out.
+
+Unknown keys, wrong values and missing keys fail with the key, its file and line, the nearest valid name and what is
+allowed. Scalars follow YAML 1.2 where PyYAML follows 1.1: `off` is a word, `1e-4` is a number. A relative path in a file
+is relative to that file; on the command line, to the working directory.
+"""
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from scgpt.errors import ConfigError
+
+Location = tuple[str | int, ...]
+C = TypeVar("C", bound="Config")
+
+
+class Config(BaseModel):
+    """A frozen group of settings; a key that no field declares is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    def to_yaml(self) -> str:
+        """The resolved tree as YAML that `load_config` reads back to an equal tree."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Word(str):
+    """A word of a YAML file that remembers the folder it was read from."""
+
+    __slots__ = ("folder",)
+    folder: Path
+
+    def __new__(cls, text: str, folder: Path) -> "_Word":
+        word = super().__new__(cls, text)
+        word.folder = folder
+        return word
+
+
+def _absolute(value: object) -> object:
+    if isinstance(value, str) and "://" not in value:
+        folder = value.folder if isinstance(value, _Word) else Path.cwd()
+        return folder / Path(value).expanduser()
+    return value
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def _size(value: object) -> object:
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match:
+        return int(float(match[1]) * _UNITS[(match[2] or "B").lower()])
+    return value
+
+
+ConfigPath = Annotated[Path, BeforeValidator(_absolute)]   # resolved against the file it stands in
+Bytes = Annotated[int, BeforeValidator(_size)]             # 512MiB, 2GB or a plain number of bytes
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the scalars of YAML 1.2 (core schema)."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+     "-+0123456789."),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), list(_first))
+
+
+class _Tree:
+    """A nested dict, and for each key the file and line that set it last."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.origins: dict[Location, str] = {}
+
+    def merge(self, values: Mapping[str, Any], origins: Mapping[Location, str]) -> None:
+        _merge(self.values, values)
+        self.origins.update(origins)
+
+    def origin(self, location: Location) -> str | None:
+        """Where `location`, or the closest key above it that is written down, was set."""
+        for end in range(len(location), 0, -1):
+            if location[:end] in self.origins:
+                return self.origins[location[:end]]
+        return None
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
+    for key, value in above.items():
+        if isinstance(value, Mapping) and isinstance(below.get(key), dict):
+            _merge(below[key], value)
+        else:
+            below[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def shipped_configs(kind: str) -> dict[str, Path]:
+    """Name -> file of the configurations that ship under `configs/<kind>/`, sorted."""
+    installed = Path(str(package_files("scgpt"))) / "configs"
+    folder = (installed if installed.is_dir() else installed.parent.parent / "configs") / kind
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_config(cls: type[C], config: str | Path, overrides: Sequence[str] = (), *, kind: str) -> C:
+    """Read `config` (a YAML file, or the name of one that ships under `configs/<kind>/`), apply `key=value`, validate.
+
+    Raises ConfigError for a missing file, malformed YAML, an unknown or wrong key.
+    """
+    tree = _Tree()
+    _read(_find(config, kind), tree, ())
+    for override in overrides:
+        location, value = _parse_override(override)
+        nested: dict[str, Any] = {}
+        target = nested
+        for key in location[:-1]:
+            target = target.setdefault(key, {})
+        target[location[-1]] = value
+        tree.merge(nested, {tuple(location): f"command line: {override}"})
+    return validate(cls, tree.values, origin=tree.origin)
+
+
+def validate(cls: type[C], values: Mapping[str, Any],
+             origin: "typing.Callable[[Location], str | None]" = lambda location: None) -> C:
+    """Build `cls` from plain values; the first fault becomes a ConfigError in one sentence."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise _explain(cls, error, origin) from None
+
+
+def _find(config: str | Path, kind: str) -> Path:
+    path = Path(config)
+    if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+        return path
+    shipped = shipped_configs(kind)
+    if str(config) in shipped:
+        return shipped[str(config)]
+    raise ConfigError(f"there is no {kind} configuration '{config}'{_nearest(str(config), shipped)}",
+                      fix=f"give a YAML file or one of: {', '.join(shipped)}")
+
+
+def _read(path: Path, tree: _Tree, seen: tuple[Path, ...]) -> None:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError("a configuration includes itself", where=" > ".join(map(str, (*seen, path))),
+                          fix="remove one include")
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"the configuration cannot be read: {error.strerror}", where=str(path),
+                          fix="give the path of a YAML file or the name of a configuration that ships") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not YAML: {' '.join(str(error).split())}", where=str(path), fix="mend the file") from error
+    if node is None:
+        return
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError("a configuration must be a mapping of keys", where=str(path), fix="write `key: value` lines")
+    origins: dict[Location, str] = {}
+    values = _construct(node, path, (), origins)
+    includes = values.pop("include", [])
+    for include in [includes] if isinstance(includes, str) else includes:
+        _read(path.parent / include, tree, (*seen, path))
+    tree.merge(values, origins)
+
+
+def _construct(node: yaml.Node, path: Path, location: Location, origins: dict[Location, str]) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        values = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            below = (*location, key)
+            line = f"{_short(path)}:{key_node.start_mark.line + 1}"
+            if key in values:
+                raise ConfigError(f"the key '{_dotted(below)}' is written twice", where=line, fix="remove one of the two")
+            origins[below] = line
+            values[key] = _construct(value_node, path, below, origins)
+        return values
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(item, path, (*location, index), origins) for index, item in enumerate(node.value)]
+    value = _Loader("").construct_object(node)
+    return _Word(value, path.parent) if isinstance(value, str) else value
+
+
+def _parse_override(override: str) -> tuple[list[str], Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"'{override}' is not a setting", where="command line", fix="write key=value, for example seed=1")
+    try:
+        return key.split("."), yaml.load(text, _Loader)  # noqa: S506 our loader is a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of '{key}' is not YAML: {' '.join(str(error).split())}", where="command line",
+                          fix="quote it, or mend the brackets") from error
+
+
+def _explain(cls: type[Config], error: ValidationError,
+             origin: "typing.Callable[[Location], str | None]") -> ConfigError:
+    fault = error.errors()[0]
+    location: Location = tuple(part for part in fault["loc"] if not _is_union_tag(part))
+    dotted, where = _dotted(location), origin(location)
+    if fault["type"] == "extra_forbidden":
+        names = _field_names(cls, location[:-1])
+        return ConfigError(f"unknown key '{dotted}'", where=where,
+                           fix=f"{_nearest(str(location[-1]), names).lstrip(', ') or 'remove it'}. "
+                               f"Allowed: {', '.join(names)}.")
+    if fault["type"] == "missing":
+        return ConfigError(f"the key '{dotted}' is missing", where=where, fix=f"set it in the file or give {dotted}=...")
+    cause = fault.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return ConfigError(cause.what, where=cause.where or where, fix=cause.fix)
+    message = str(cause) if cause is not None else fault["msg"]
+    shown = f"'{dotted}' = {fault['input']!r}" if dotted and not isinstance(fault["input"], Mapping) else f"'{dotted}'"
+    return ConfigError(f"wrong value of {shown}: {message[:1].lower()}{message[1:]}", where=where, fix="mend the value")
+
+
+def _is_union_tag(part: str | int) -> bool:
+    """Pydantic names the branch of a union inside a location; users never wrote that."""
+    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in {"str", "int", "float", "bool", "path"})
+
+
+def _dotted(location: Location) -> str:
+    return ".".join(map(str, location))
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f", did you mean '{close[0]}'?" if close else ""
+
+
+def _field_names(cls: type[Config], location: Location) -> list[str]:
+    groups: list[type[Config]] = [cls]
+    for part in location:
+        if isinstance(part, str):
+            fields = [group.model_fields[part].annotation for group in groups if part in group.model_fields]
+            groups = [found for annotation in fields for found in _configs_in(annotation)]
+    return [name for group in groups for name in group.model_fields]
+
+
+def _configs_in(annotation: Any) -> list[type[Config]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, Config):
+        return [annotation]
+    return [found for part in typing.get_args(annotation) for found in _configs_in(part)]
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

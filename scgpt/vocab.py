@@ -1,0 +1,158 @@
+"""GeneVocab: gene and special token <-> id, as `vocab.json` of every scGPT release holds them.
+
+Behaves as upstream's class of that name (a torchtext vocabulary) without torchtext: `vocab["CD3D"]`, `"CD3D" in vocab`,
+`vocab(["CD3D", "CD8A"])`, `get_stoi()`, `get_itos()`, `set_default_index(i)`, `append_token(t)`.
+"""
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files as package_files
+from pathlib import Path
+
+from scgpt.errors import ConfigError, DataError
+from scgpt.files import write_bytes
+
+PAD, CLS, EOC = "<pad>", "<cls>", "<eoc>"
+SPECIAL_TOKENS = (PAD, CLS, EOC)
+PUBLISHED = "scgpt-human"   # the vocabulary of the published checkpoints: 60,694 genes, then the three special tokens
+
+
+class GeneVocab(Mapping[str, int]):
+    """An ordered set of tokens; the id of a token is its place.
+
+    Args:
+        gene_list_or_vocab: tokens in the order of their ids, or another vocabulary to copy.
+        specials: special tokens to add where absent.
+        special_first: put `specials` before the genes (upstream's default) or after them.
+        default_token: its id is returned for unknown tokens when it is present; None: unknown tokens raise KeyError.
+
+    Raises DataError when a token occurs twice.
+    """
+
+    def __init__(self, gene_list_or_vocab: "Sequence[str] | GeneVocab", specials: Sequence[str] | None = None,
+                 special_first: bool = True, default_token: str | None = PAD) -> None:  # noqa: FBT001, FBT002 upstream
+        tokens = (gene_list_or_vocab.get_itos() if isinstance(gene_list_or_vocab, GeneVocab)
+                  else list(gene_list_or_vocab))
+        extra = [token for token in specials or () if token not in set(tokens)]
+        tokens = [*extra, *tokens] if special_first else [*tokens, *extra]
+        self._ids = {token: index for index, token in enumerate(tokens)}
+        if len(self._ids) != len(tokens):
+            twice = next(token for index, token in enumerate(tokens) if self._ids[token] != index)
+            raise DataError(f"token '{twice}' occurs twice in the vocabulary", fix="give each token one id")
+        self._tokens = tokens
+        self._default_index: int | None = None
+        if default_token is not None and default_token in self._ids:
+            self.set_default_token(default_token)
+
+    @classmethod
+    def from_dict(cls, token2idx: Mapping[str, int], default_token: str | None = PAD) -> "GeneVocab":
+        """From token -> id; the ids must be 0 .. n - 1, each once (else DataError)."""
+        tokens = sorted(token2idx, key=lambda token: token2idx[token])
+        if [token2idx[token] for token in tokens] != list(range(len(tokens))):
+            raise DataError(f"the ids of {len(tokens)} tokens are not 0 to {len(tokens) - 1}, each once",
+                            fix="number the tokens without gaps")
+        return cls(tokens, default_token=default_token)
+
+    @classmethod
+    def from_file(cls, file_path: Path | str, default_token: str | None = PAD) -> "GeneVocab":
+        """Read a `vocab.json` (token -> id)."""
+        path = Path(file_path)
+        try:
+            token2idx = json.loads(path.read_bytes())
+            if not isinstance(token2idx, dict) or not all(type(i) is int for i in token2idx.values()):
+                raise DataError("not a vocabulary: it must be a JSON object of token -> id", where=str(path),
+                                fix="give a vocab.json as scGPT releases hold it")
+            return cls.from_dict(token2idx, default_token)
+        except OSError as error:
+            raise ConfigError(f"the vocabulary cannot be read: {error.strerror}", where=str(path),
+                              fix=f"give the path of a vocab.json, or the name '{PUBLISHED}'") from error
+        except ValueError as error:
+            raise DataError(f"not JSON: {error}", where=str(path), fix="give a vocab.json") from error
+        except DataError as error:
+            raise DataError(error.what, where=str(path), fix=error.fix) from error
+
+    @classmethod
+    def named(cls, name: str) -> "GeneVocab":
+        """The vocabulary that ships under this name, or the one in the file of that path; unknown tokens raise."""
+        if name == PUBLISHED:
+            tokens = json.loads((package_files("scgpt.tables") / "scgpt_vocab.json").read_bytes())
+            return cls.from_dict(tokens, default_token=None)
+        return cls.from_file(name, default_token=None)
+
+    def __getitem__(self, token: str) -> int:
+        index = self._ids.get(token, self._default_index)
+        if index is None:
+            raise KeyError(token)
+        return index
+
+    def get(self, token: str, default: int | None = None) -> int | None:  # type: ignore[override]
+        """The id of a token that is there, else `default` (never the default index)."""
+        return self._ids.get(token, default)
+
+    def __contains__(self, token: object) -> bool:
+        return token in self._ids
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tokens)
+
+    def __call__(self, tokens: Sequence[str]) -> list[int]:
+        """Ids of many tokens."""
+        return [self[token] for token in tokens]
+
+    lookup_indices = __call__
+
+    def lookup_token(self, index: int) -> str:
+        """The token with this id; IndexError when there is none."""
+        return self._tokens[index]
+
+    def lookup_tokens(self, indices: Sequence[int]) -> list[str]:
+        """Tokens of many ids."""
+        return [self._tokens[index] for index in indices]
+
+    def get_stoi(self) -> dict[str, int]:
+        """A copy of token -> id."""
+        return dict(self._ids)
+
+    def get_itos(self) -> list[str]:
+        """A copy of the tokens in the order of their ids."""
+        return list(self._tokens)
+
+    def append_token(self, token: str) -> None:
+        """Add a token with the next free id; DataError when it is there already."""
+        if token in self._ids:
+            raise DataError(f"token '{token}' is already in the vocabulary", fix="append each token once")
+        self._ids[token] = len(self._tokens)
+        self._tokens.append(token)
+
+    def set_default_index(self, index: int | None) -> None:
+        """What unknown tokens map to; None makes them raise KeyError."""
+        self._default_index = index
+
+    def get_default_index(self) -> int | None:
+        """What unknown tokens map to."""
+        return self._default_index
+
+    def set_default_token(self, default_token: str) -> None:
+        """Unknown tokens map to the id of `default_token` (KeyError when it is not in the vocabulary)."""
+        self._default_index = self._ids[default_token]
+
+    @property
+    def pad_token(self) -> str | None:
+        """`<pad>` where the vocabulary holds it."""
+        return PAD if PAD in self._ids else None
+
+    def to_bytes(self) -> bytes:
+        """The content of `vocab.json`: token -> id in the order of the ids."""
+        return (json.dumps(self._ids, indent=2, ensure_ascii=False) + "\n").encode()
+
+    def save_json(self, file_path: Path | str) -> None:
+        """Publish `vocab.json`."""
+        write_bytes(Path(file_path), self.to_bytes())
+
+    @property
+    def sha256(self) -> str:
+        """Digest of `to_bytes()`: the identity of the vocabulary."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()

@@ -1,0 +1,101 @@
+from pathlib import Path
+
+import pytest
+
+from scgpt.config import Bytes, Config, ConfigPath, load_config
+from scgpt.errors import ConfigError
+
+
+class Inner(Config):
+    micro_batch_size: int = 4
+    rate: float = 0.1
+    word: str = "on"
+    size: Bytes = 1
+    path: ConfigPath | None = None
+
+
+class Outer(Config):
+    batch: Inner = Inner()
+    items: list[Inner] = []
+    seed: int = 0
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def fault(config: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(Outer, config, overrides, kind="pretrain")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_mistyped_key_is_refused_with_file_line_and_nearest_name(tmp_path: Path):
+    message = fault(write(tmp_path / "a.yaml", "seed: 1\nbatch:\n  micro_batchsize: 2\n"))
+    assert "unknown key 'batch.micro_batchsize'" in message
+    assert "a.yaml:3" in message
+    assert "did you mean 'micro_batch_size'?" in message
+    assert "Allowed: micro_batch_size, rate" in message
+
+
+def test_a_mistyped_key_inside_a_list_names_its_place(tmp_path: Path):
+    message = fault(write(tmp_path / "a.yaml", "items:\n- {rate: 1}\n- {ratte: 2}\n"))
+    assert "'items.1.ratte'" in message
+    assert "a.yaml:3" in message
+    assert "did you mean 'rate'?" in message
+
+
+def test_later_files_and_the_command_line_override_key_by_key(tmp_path: Path):
+    write(tmp_path / "base" / "b.yaml", "seed: 1\nbatch: {rate: 0.5, micro_batch_size: 8}\n")
+    config = load_config(Outer, write(tmp_path / "a.yaml", "include: base/b.yaml\nbatch: {rate: 0.25}\n"),
+                         ["seed=7"], kind="pretrain")
+    assert (config.seed, config.batch.rate, config.batch.micro_batch_size) == (7, 0.25, 8)
+
+
+def test_scalars_follow_yaml_1_2_in_files_and_on_the_command_line(tmp_path: Path):
+    path = write(tmp_path / "a.yaml", "batch: {rate: 1e-4, word: off}\n")
+    assert load_config(Outer, path, kind="pretrain").batch.model_dump() | {"path": None} == {
+        "micro_batch_size": 4, "rate": 1e-4, "word": "off", "size": 1, "path": None}
+    overridden = load_config(Outer, path, ["batch.rate=5e-5", "batch.word=no", "batch.size=2MiB"], kind="pretrain")
+    assert (overridden.batch.rate, overridden.batch.word, overridden.batch.size) == (5e-5, "no", 2 << 20)
+
+
+def test_a_path_is_relative_to_the_file_it_stands_in_or_to_the_working_directory(tmp_path, monkeypatch):
+    write(tmp_path / "deep" / "b.yaml", "batch: {path: cells.h5ad}\n")
+    outer = write(tmp_path / "a.yaml", "include: [deep/b.yaml]\n")
+    assert load_config(Outer, outer, kind="pretrain").batch.path == tmp_path.resolve() / "deep" / "cells.h5ad"
+    monkeypatch.chdir(tmp_path)
+    assert load_config(Outer, outer, ["batch.path=x.h5ad"], kind="pretrain").batch.path == Path.cwd() / "x.h5ad"
+
+
+def test_the_resolved_tree_reads_back_equal(tmp_path: Path):
+    config = load_config(Outer, write(tmp_path / "a.yaml", "items: [{rate: 2, path: p}]\n"), ["seed=3"], kind="pretrain")
+    again = load_config(Outer, write(tmp_path / "elsewhere" / "b.yaml", config.to_yaml()), kind="pretrain")
+    assert again == config
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("seed: [1", "not YAML"),
+    ("- 1\n", "must be a mapping"),
+    ("seed: 1\nseed: 2\n", "written twice"),
+    ("seed: x\n", "wrong value of 'seed' = 'x'"),
+    ("include: a.yaml\n", "includes itself"),
+    ("include: missing.yaml\n", "cannot be read"),
+])
+def test_a_file_that_is_wrong_is_refused_in_one_sentence(tmp_path: Path, text: str, says: str):
+    assert says in fault(write(tmp_path / "a.yaml", text))
+
+
+@pytest.mark.parametrize(("override", "says"), [
+    ("seed", "not a setting"), ("=1", "not a setting"), ("seed=[", "not YAML"), ("sede=1", "did you mean 'seed'?"),
+])
+def test_an_override_that_is_wrong_is_refused_in_one_sentence(tmp_path: Path, override: str, says: str):
+    assert says in fault(write(tmp_path / "a.yaml", "seed: 1\n"), override)
+
+
+def test_an_unknown_name_lists_what_ships(tmp_path: Path):
+    with pytest.raises(ConfigError, match="there is no pretrain configuration 'dmeo'"):
+        load_config(Outer, "dmeo", kind="pretrain")

@@ -1,0 +1,88 @@
+# The whole interface of a clone: git, make and python >= 3.11 (with venv) are all it needs. Nothing is written outside
+# the clone but a private temporary directory, removed at the end (Ray's sockets need a short path).
+#
+#   make demo        atlas -> corpus -> training, killed and continued -> release -> embedding, on real cells
+#   make test        every test that is neither slow nor needs a GPU      make test-slow   the others (FULL=1: the longest too)
+#   make check       ruff, types, import direction                        make format      what ruff can mend
+#   make bench       the demo's stages, timed                             make gpu-check   training and release on a GPU
+#   make install     .venv with everything                                make clean       remove out/ and caches
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow check format bench gpu-check clean
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(abspath $(VENV))/bin/python
+STAMP := $(VENV)/.installed
+SEED ?=
+FULL ?=
+ARGS ?=
+
+# What these programs would put into a home goes here instead.
+CACHE := $(CURDIR)/.cache
+export PIP_CACHE_DIR := $(CACHE)/pip
+export XDG_CACHE_HOME := $(CACHE)/xdg
+export XDG_CONFIG_HOME := $(CACHE)/config
+export XDG_DATA_HOME := $(CACHE)/data
+export MPLCONFIGDIR := $(CACHE)/matplotlib
+export HF_HOME := $(CACHE)/huggingface
+export TRITON_CACHE_DIR := $(CACHE)/triton
+export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/inductor
+export TORCH_EXTENSIONS_DIR := $(CACHE)/torch-extensions
+export TORCH_HOME := $(CACHE)/torch
+export WANDB_CACHE_DIR := $(CACHE)/wandb
+export WANDB_CONFIG_DIR := $(CACHE)/wandb
+export WANDB_DATA_DIR := $(CACHE)/wandb
+export NUMBA_CACHE_DIR := $(CACHE)/numba
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
+export PYTHONNOUSERSITE := 1
+# Offline by choice: no telemetry, no hub.
+export RAY_USAGE_STATS_ENABLED := 0
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export WANDB_ERROR_REPORTING := false
+
+# Run a recipe with a private temporary directory and a home inside the clone; the exit status is the recipe's.
+PRIVATE = export HOME="$(CACHE)/home"; mkdir -p "$$HOME"; short="$${TMPDIR:-/tmp}"; [ $${#short} -le 32 ] || short=/tmp; \
+	TMPDIR="$$(mktemp -d "$$short/scgpt-XXXXXX")"; export TMPDIR; trap 'rm -rf "$$TMPDIR"' EXIT;
+
+help:
+	@sed -n '4,8s/^# //p' Makefile
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "error: $(PYTHON) is Python "+ \
+		sys.version.split()[0]+"; give a newer one: make install PYTHON=python3.11 (3.12 and 3.13 do too)")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments;" \
+		"install its venv package (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e '.[all,dev]'
+	@touch $(STAMP)
+
+demo: install
+	@$(PRIVATE) $(PY) -m launch.demo $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+test: install
+	@$(PRIVATE) $(PY) -m pytest -m 'not slow and not system and not gpu' $(ARGS)
+
+test-slow: install
+	@$(PRIVATE) export SCGPT_FULL="$(FULL)"; $(PY) -m pytest -m '(slow or system) and not gpu' --durations=15 $(ARGS)
+
+check: install
+	@$(PRIVATE) $(PY) -m ruff check .; $(PY) -m mypy; $(PY) -m pytest tests/test_imports.py $(ARGS)
+
+format: install
+	@$(PY) -m ruff check --fix .
+
+bench: install
+	@$(PRIVATE) $(PY) -m launch.demo --out out/bench --fresh $(ARGS)
+
+gpu-check: install
+	@$(PRIVATE) $(PY) -m launch.demo --gpu $(ARGS)
+
+clean:
+	rm -rf out build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

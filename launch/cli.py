@@ -1,0 +1,270 @@
+"""`scgpt`: parse, import what the command needs, call one function, print its answer.
+
+Nothing heavy is imported before a command runs, so `scgpt --help` answers at once. Logs go to stderr, the answer to
+stdout; `--json` makes it one JSON object on the last line. Exit codes: 0 done, 1 failed, 2 bad usage or configuration,
+75 interrupted but resumable (the same command continues).
+"""
+import argparse
+import json
+import logging
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scgpt.errors import ScgptError
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 75
+CONFIG_KINDS = ("corpus", "model", "pretrain")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found: a text for people, a value for programs, the exit code."""
+
+    text: str
+    value: dict[str, Any] = field(default_factory=dict)
+    exit_code: int = EXIT_DONE
+
+
+Command = Callable[[argparse.Namespace], Answer]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    _take_overrides(parser, args, rest)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    try:
+        answer = args.run(args)
+    except KeyboardInterrupt:
+        _say("interrupted: the same command continues")
+        return EXIT_INTERRUPTED
+    except (ScgptError, OSError) as error:
+        if args.debug:
+            traceback.print_exc()
+        _say(f"error: {error}")
+        return error.exit_code if isinstance(error, ScgptError) else EXIT_FAILED
+    print(json.dumps(answer.value, allow_nan=False) if args.json else answer.text, flush=True)  # noqa: T201 the answer
+    return answer.exit_code
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)  # noqa: T201
+
+
+def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: Sequence[str]) -> None:
+    """argparse stops collecting `key=value` at the first flag: those that follow come back unparsed."""
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+
+
+# ---- commands: each parses, imports, calls one function, answers ----
+
+
+def data_plan(args: argparse.Namespace) -> Answer:
+    """Print what a build would do."""
+    from data_pipeline.config import CorpusConfig
+    from data_pipeline.plan import make_plan
+
+    from scgpt.config import load_config
+
+    plan = make_plan(load_config(CorpusConfig, args.config, args.overrides, kind="corpus"))
+    return Answer(plan.describe(), plan.summary())
+
+
+def data_build(args: argparse.Namespace) -> Answer:
+    """Build a corpus, or continue one."""
+    from data_pipeline.config import CorpusConfig
+    from data_pipeline.execute import build
+
+    from scgpt.config import load_config
+
+    config = load_config(CorpusConfig, args.config, args.overrides, kind="corpus")
+    result = build(config, args.out, ray_address=args.ray_address, fresh=args.fresh)
+    value = corpus_summary(result.manifest) | {"corpus": str(args.out), "seconds": result.seconds}
+    return Answer(f"{args.out}: {describe_corpus(value)}", value)
+
+
+def data_verify(args: argparse.Namespace) -> Answer:
+    """Check every file of a corpus."""
+    from scgpt.data import verify_corpus
+
+    value = corpus_summary(verify_corpus(args.corpus, deep=args.deep)) | {"corpus": str(args.corpus), "verified": True}
+    return Answer(f"{args.corpus}: whole. {describe_corpus(value)}", value)
+
+
+def train(args: argparse.Namespace) -> Answer:
+    """Train in this process: one rank."""
+    from pretrain.train import main as train_main
+
+    words = [args.config, *args.overrides, "--out", str(args.out)]
+    words += ["--print-deepspeed-config"] if args.print_deepspeed_config else []
+    code = train_main(words)
+    return Answer(str(args.out), {"run": str(args.out), "exit_code": code}, code)
+
+
+def export(args: argparse.Namespace) -> Answer:
+    """Checkpoint to release."""
+    from pretrain.export import export as export_release
+
+    release = export_release(args.run_dir, args.out, step=args.step)
+    return Answer(f"{release}: a release of {args.run_dir}", {"release": str(release), "run": str(args.run_dir)})
+
+
+def verify(args: argparse.Namespace) -> Answer:
+    """Check every file of a release and what it computes."""
+    from pretrain.export import verify as verify_release
+
+    value = verify_release(args.release)
+    return Answer(f"{args.release}: whole, and computes what it recorded", {"release": str(args.release), **value})
+
+
+def embed(args: argparse.Namespace) -> Answer:
+    """Embed the cells of a file."""
+    from launch.embed import embed_file
+
+    result = embed_file(args.release, args.source, args.out, seed=args.seed, device=args.device)
+    return Answer(f"{result.out}: {result.n_cells:,} cells in obsm['X_scGPT'], {result.d_model} numbers each; "
+                  f"{result.n_genes_mapped:,} of {result.n_genes:,} genes are in the vocabulary", result.to_json())
+
+
+def config_show(args: argparse.Namespace) -> Answer:
+    """Print what a configuration resolves to."""
+    from scgpt.config import load_config
+
+    config = load_config(_config_class(args.kind), args.config, args.overrides, kind=args.kind)
+    return Answer(config.to_yaml().rstrip(), config.model_dump(mode="json"))
+
+
+def config_list(args: argparse.Namespace) -> Answer:
+    """Print the configurations that ship."""
+    from scgpt.config import shipped_configs
+
+    names = {kind: list(shipped_configs(kind)) for kind in CONFIG_KINDS}
+    return Answer("\n".join(f"{kind + ':':10} {' '.join(names[kind])}" for kind in CONFIG_KINDS), dict(names))
+
+
+def _config_class(kind: str) -> type[Any]:
+    if kind == "corpus":
+        from data_pipeline.config import CorpusConfig
+        return CorpusConfig
+    if kind == "model":
+        from scgpt.model.config import ModelConfig
+        return ModelConfig
+    from pretrain.config import TrainConfig
+    return TrainConfig
+
+
+def corpus_summary(manifest: Any) -> dict[str, Any]:
+    """Cells in, kept and filtered by reason, cells and gene values a split, from a manifest."""
+    filtered: dict[str, int] = {}
+    for source in manifest.sources:
+        for reason, cells in source.filtered.items():
+            filtered[reason] = filtered.get(reason, 0) + cells
+    return {
+        "sha256": manifest.sha256,
+        "cells_in": sum(source.cells_in for source in manifest.sources),
+        "cells_kept": sum(source.cells_written for source in manifest.sources),
+        "filtered": filtered,
+        "splits": {name: {"cells": split.cells, "tokens": split.tokens} for name, split in manifest.splits.items()},
+    }
+
+
+def describe_corpus(summary: dict[str, Any]) -> str:
+    """A summary as one sentence."""
+    splits = ", ".join(f"{name} {split['cells']:,} cells with {split['tokens']:,} gene values"
+                       for name, split in summary["splits"].items())
+    reasons = ", ".join(f"{cells:,} {reason}" for reason, cells in summary["filtered"].items()) or "none filtered"
+    return f"{summary['cells_kept']:,} of {summary['cells_in']:,} cells ({reasons}): {splits}"
+
+
+# ---- the parser ----
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
+    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    root = argparse.ArgumentParser(
+        prog="scgpt", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=_example("scgpt data build demo --out corpus",
+                             "scgpt train demo data.corpus=corpus --out run",
+                             "scgpt export run --out release") + "\n\nPretrain scGPT: atlases, corpus, run, release.",
+        epilog="exit codes: 0 done, 1 failed, 2 bad usage or configuration, 75 interrupted, the same command continues")
+    commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    data = commands.add_parser("data", help="plan, build and check a corpus")
+    data_commands = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    add = _adder(commands, shared)
+    _add_data_commands(_adder(data_commands, shared))
+
+    cmd = add("train", train, "train in one process", "scgpt train demo data.corpus=corpus --out run")
+    _config(cmd)
+    _out(cmd, "run directory; an interrupted run is continued")
+    cmd.add_argument("--print-deepspeed-config", action="store_true", help="print what DeepSpeed is given, and stop")
+    cmd = add("export", export, "checkpoint to release", "scgpt export run --out release --step best")
+    cmd.add_argument("run_dir", metavar="RUN", type=Path)
+    _out(cmd, "folder of the release")
+    cmd.add_argument("--step", default="best", metavar="best|latest|N", help="which checkpoint (default: best)")
+    cmd = add("verify", verify, "check a release: checksums, and what it computes", "scgpt verify release")
+    cmd.add_argument("release", metavar="RELEASE", type=Path)
+    cmd = add("embed", embed, "embed the cells of an h5ad file", "scgpt embed release cells.h5ad --out embedded.h5ad")
+    cmd.add_argument("release", metavar="RELEASE", type=Path)
+    cmd.add_argument("source", metavar="FILE.h5ad", type=Path)
+    _out(cmd, "the file with obsm['X_scGPT'] added; replaced if there")
+    cmd.add_argument("--seed", type=int, default=0, help="of the sampled genes and tied bins (default: 0)")
+    cmd.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    config = commands.add_parser("config", help="what ships, and what a configuration resolves to")
+    add = _adder(config.add_subparsers(title="commands", required=True, metavar="COMMAND"), shared)
+    cmd = add("show", config_show, "print a resolved configuration", "scgpt config show base data.corpus=corpus")
+    _config(cmd)
+    cmd.add_argument("--kind", choices=CONFIG_KINDS, default="pretrain", help="where a name is looked up (pretrain)")
+    add("list", config_list, "names of the configurations that ship", "scgpt config list")
+    return root
+
+
+def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    cmd = add("plan", data_plan, "what a build would do; writes nothing", "scgpt data plan demo cells.min_genes=200")
+    _config(cmd)
+    cmd = add("build", data_build, "build a corpus", "scgpt data build demo --out corpus")
+    _config(cmd)
+    _out(cmd, "folder of the corpus; an interrupted build is continued")
+    cmd.add_argument("--ray-address", metavar="A", help="join this Ray cluster instead of starting Ray here")
+    cmd.add_argument("--fresh", action="store_true", help="begin anew where an interrupted build of another plan lies")
+    cmd = add("verify", data_verify, "check every file of a corpus", "scgpt data verify corpus --deep")
+    cmd.add_argument("corpus", metavar="CORPUS", type=Path)
+    cmd.add_argument("--deep", action="store_true", help="check every cell's invariants too")
+
+
+def _adder(commands: Any, shared: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:
+    def add(name: str, run: Command, purpose: str, example: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = commands.add_parser(
+            name, parents=[shared], help=purpose, formatter_class=argparse.RawDescriptionHelpFormatter,
+            description=f"{_example(example)}\n\n{purpose[0].upper()}{purpose[1:]}.")
+        parser.set_defaults(run=run)
+        return parser
+    return add
+
+
+def _example(*lines: str) -> str:
+    return "example:\n" + textwrap.indent("\n".join(lines), "  ")
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one that ships")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings on top of it")
+
+
+def _out(parser: argparse.ArgumentParser, purpose: str) -> None:
+    parser.add_argument("--out", required=True, type=Path, metavar="PATH", help=purpose)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

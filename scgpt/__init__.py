@@ -12,7 +12,7 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = [*_NAMES, *_SUBMODULES]  # noqa: PLE0604
+__all__ = [*_NAMES, *_SUBMODULES]
 
 
 def __getattr__(name: str) -> object:

@@ -1,8 +1,8 @@
 """Configuration: YAML files that include each other, dotted `key=value` on top, one frozen pydantic tree out.
 
 Unknown keys, wrong values and missing keys fail with the key, its file and line, the nearest valid name and what is
-allowed. Scalars follow YAML 1.2 where PyYAML follows 1.1: `off` is a word, `1e-4` is a number. A relative path in a file
-is relative to that file; on the command line, to the working directory.
+allowed. Scalars follow YAML 1.2 where PyYAML follows 1.1: `off` is a word, `1e-4` is a number. A relative path in a
+file is relative to that file; on the command line, to the working directory.
 """
 import difflib
 import re
@@ -29,7 +29,7 @@ class Config(BaseModel):
 
     def to_yaml(self) -> str:
         """The resolved tree as YAML that `load_config` reads back to an equal tree."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 class _Word(str):
@@ -186,7 +186,8 @@ def _construct(node: yaml.Node, path: Path, location: Location, origins: dict[Lo
             below = (*location, key)
             line = f"{_short(path)}:{key_node.start_mark.line + 1}"
             if key in values:
-                raise ConfigError(f"the key '{_dotted(below)}' is written twice", where=line, fix="remove one of the two")
+                raise ConfigError(f"the key '{_dotted(below)}' is written twice", where=line,
+                                  fix="remove one of the two")
             origins[below] = line
             values[key] = _construct(value_node, path, below, origins)
         return values
@@ -199,7 +200,8 @@ def _construct(node: yaml.Node, path: Path, location: Location, origins: dict[Lo
 def _parse_override(override: str) -> tuple[list[str], Any]:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise ConfigError(f"'{override}' is not a setting", where="command line", fix="write key=value, for example seed=1")
+        raise ConfigError(f"'{override}' is not a setting", where="command line",
+                          fix="write key=value, for example seed=1")
     try:
         return key.split("."), yaml.load(text, _Loader)  # noqa: S506 our loader is a SafeLoader
     except yaml.YAMLError as error:
@@ -218,7 +220,8 @@ def _explain(cls: type[Config], error: ValidationError,
                            fix=f"{_nearest(str(location[-1]), names).lstrip(', ') or 'remove it'}. "
                                f"Allowed: {', '.join(names)}.")
     if fault["type"] == "missing":
-        return ConfigError(f"the key '{dotted}' is missing", where=where, fix=f"set it in the file or give {dotted}=...")
+        return ConfigError(f"the key '{dotted}' is missing", where=where,
+                           fix=f"set it in the file or give {dotted}=...")
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return ConfigError(cause.what, where=cause.where or where, fix=cause.fix)
@@ -229,7 +232,8 @@ def _explain(cls: type[Config], error: ValidationError,
 
 def _is_union_tag(part: str | int) -> bool:
     """Pydantic names the branch of a union inside a location; users never wrote that."""
-    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in {"str", "int", "float", "bool", "path"})
+    return isinstance(part, str) and (part[:1].isupper() or "[" in part
+                                      or part in {"str", "int", "float", "bool", "path"})
 
 
 def _dotted(location: Location) -> str:
@@ -251,7 +255,8 @@ def _field_names(cls: type[Config], location: Location) -> list[str]:
 
 
 def _configs_in(annotation: Any) -> list[type[Config]]:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, Config):
+    if (isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias)
+            and issubclass(annotation, Config)):
         return [annotation]
     return [found for part in typing.get_args(annotation) for found in _configs_in(part)]
 

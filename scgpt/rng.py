@@ -5,10 +5,13 @@ cell gets the same draws on any rank, worker or resume. The generator is SplitMi
 pseudorandom number generators, OOPSLA 2014) read at a counter: key + n times the golden-ratio increment, then the
 finaliser of the paper ("mix64variant13"). Philox would do as well at some three times the cost a draw.
 
-All functions are compiled, and meant to be called from compiled loops over cells.
+All functions are compiled, and meant to be called from compiled loops over cells. From Python they give plain integers:
+wrap a key in np.uint64 before handing it back.
 """
 import numpy as np
 from numba import njit, uint64
+
+Word = int | np.integer   # 64 bits, read as unsigned
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_A = np.uint64(0xBF58476D1CE4E5B9)
@@ -27,16 +30,16 @@ PURPOSE_SPLIT = np.uint64(7)       # perception or generation
 
 
 @njit(cache=True, nogil=True, inline="always")
-def mix(x: int) -> int:
+def mix(word: Word) -> np.uint64:
     """A bijection of 64-bit numbers whose output bits each depend on all input bits."""
-    x = uint64(x)
+    x = uint64(word)
     x = (x ^ (x >> _S30)) * _MIX_A
     x = (x ^ (x >> _S27)) * _MIX_B
     return x ^ (x >> _S31)
 
 
 @njit(cache=True, nogil=True)
-def stream(seed: int, epoch: int, cell_id: int, purpose: int) -> int:
+def stream(seed: Word, epoch: Word, cell_id: Word, purpose: Word) -> np.uint64:
     """The 64-bit key of the stream (seed, epoch, cell_id, purpose)."""
     key = mix(uint64(seed) + GOLDEN)
     key = mix(key ^ (uint64(epoch) + GOLDEN))
@@ -45,18 +48,18 @@ def stream(seed: int, epoch: int, cell_id: int, purpose: int) -> int:
 
 
 @njit(cache=True, nogil=True, inline="always")
-def bits(key: int, n: int) -> int:
+def bits(key: Word, n: Word) -> np.uint64:
     """Number n of a stream: 64 uniform bits."""
     return mix(uint64(key) + (uint64(n) + uint64(1)) * GOLDEN)
 
 
 @njit(cache=True, nogil=True, inline="always")
-def uniform(key: int, n: int) -> float:
+def uniform(key: Word, n: Word) -> float:
     """Number n of a stream as a float64 in [0, 1), all 53 bits random."""
     return float(bits(key, n) >> _S11) * _TO_UNIT
 
 
 @njit(cache=True, nogil=True, inline="always")
-def below(key: int, n: int, bound: int) -> int:
+def below(key: Word, n: Word, bound: int) -> int:
     """Number n of a stream as an integer in [0, bound); bias below bound / 2**53."""
     return int(uniform(key, n) * bound)

@@ -72,7 +72,8 @@ def test_a_path_is_relative_to_the_file_it_stands_in_or_to_the_working_directory
 
 
 def test_the_resolved_tree_reads_back_equal(tmp_path: Path):
-    config = load_config(Outer, write(tmp_path / "a.yaml", "items: [{rate: 2, path: p}]\n"), ["seed=3"], kind="pretrain")
+    path = write(tmp_path / "a.yaml", "items: [{rate: 2, path: p}]\n")
+    config = load_config(Outer, path, ["seed=3"], kind="pretrain")
     again = load_config(Outer, write(tmp_path / "elsewhere" / "b.yaml", config.to_yaml()), kind="pretrain")
     assert again == config
 

@@ -1,0 +1,156 @@
+"""One Arrow shard: write a RaggedBatch as an IPC stream, map it back and copy cells out of the mapping.
+
+The stream form (not the file form) is what Hugging Face `datasets` maps without a copy; its price is the missing
+footer, so the manifest keeps where each record batch starts. Cells are gathered by a compiled loop over the mapped
+buffers of all shards at once (`gather.py`): rejected were `Table.take` (5-8 times slower) and NumPy slices batch by
+batch (a Python call for nearly every cell once a corpus has many batches).
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from scgpt.data.manifest import BatchEntry, ShardEntry
+from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, RaggedBatch, offsets_of
+from scgpt.errors import DataError
+
+MAX_BATCH_VALUES = 1 << 20   # values of a record batch: 4 MiB at 4 bytes a value; one cell may exceed it
+
+
+def write_shard(path: Path, cells: RaggedBatch, *, max_batch_values: int = MAX_BATCH_VALUES) -> list[BatchEntry]:
+    """Write cells as one Arrow IPC stream; equal cells give equal bytes. The caller publishes the file.
+
+    Raises DataError when one record batch would need list offsets above 2**31 - 1.
+    """
+    schema = pa.schema([(GENES, pa.list_(pa.from_numpy_dtype(cells.genes.dtype))),
+                        (EXPRESSIONS, pa.list_(pa.from_numpy_dtype(cells.expressions.dtype))),
+                        (CELL_ID, pa.uint64())])
+    entries, schema_bytes = [], schema.serialize().size   # the writer holds the schema back until the first batch
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for first, last in _batch_bounds(cells.offsets, max_batch_values):
+            entries.append(BatchEntry(offset=max(sink.tell(), schema_bytes), first_row=first, cells=last - first))
+            writer.write_batch(_record_batch(cells, first, last, schema, path))
+    return entries
+
+
+def _batch_bounds(offsets: NDArray[np.int64], max_values: int) -> list[tuple[int, int]]:
+    bounds, first, n_cells = [], 0, len(offsets) - 1
+    while first < n_cells:
+        last = int(np.searchsorted(offsets, offsets[first] + max_values, side="right")) - 1
+        last = min(max(last, first + 1), n_cells)
+        bounds.append((first, last))
+        first = last
+    return bounds
+
+
+def _record_batch(cells: RaggedBatch, first: int, last: int, schema: pa.Schema, path: Path) -> pa.RecordBatch:
+    start, stop = cells.offsets[first], cells.offsets[last]
+    if stop - start > np.iinfo(np.int32).max:
+        raise DataError(f"{stop - start} values do not fit the 32-bit list offsets of one record batch",
+                        where=str(path), fix="lower the number of values of a record batch")
+    offsets = pa.array((cells.offsets[first:last + 1] - start).astype(np.int32))
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(values[start:stop]), type=field.type)
+             for values, field in zip((cells.genes, cells.expressions), schema, strict=False)]
+    return pa.record_batch([*lists, pa.array(cells.columns[CELL_ID][first:last])], schema=schema)
+
+
+def write_obs(path: Path, table: pa.Table) -> None:
+    """Write what is known of a shard's cells as Parquet (zstd); equal tables give equal bytes. The caller publishes."""
+    pq.write_table(table, path, compression="zstd", version="2.6", write_statistics=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ArrowShards:
+    """All shards of a split, mapped: the addresses of each record batch's buffers, and the mappings that own them."""
+
+    gene_type: np.dtype[np.generic]
+    expression_type: np.dtype[np.generic]
+    first_cells: NDArray[np.int64]   # (batches + 1,)  cells of the split before each record batch
+    genes: NDArray[np.uint64]        # (batches,)      address of the values
+    expressions: NDArray[np.uint64]  # (batches,)
+    offsets: NDArray[np.uint64]      # (batches,)      address of the int32 list offsets, cells + 1 of them
+    ids: NDArray[np.uint64]          # (batches,)      address of the cell ids
+    mappings: Sequence[pa.Table]     # keeps the memory alive
+
+    def lengths(self, cells: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Values of the given cells, (cells,), without reading a value."""
+        from scgpt.data import gather
+
+        lengths = np.empty(len(cells), np.int64)
+        gather.lengths(self.offsets, *self._locate(cells), lengths)
+        return lengths
+
+    def cell_ids(self, cells: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Ids of the given cells, (cells,)."""
+        from scgpt.data import gather
+
+        ids = np.empty(len(cells), np.uint64)
+        gather.items(self.ids, *self._locate(cells), ids)
+        return ids
+
+    def fetch(self, cells: NDArray[np.int64]) -> RaggedBatch:
+        """Copy the given cells out of the mapping, in the given order."""
+        from scgpt.data import gather
+
+        offsets = offsets_of(self.lengths(cells))
+        batches, rows = self._locate(cells)
+        genes = np.empty(offsets[-1], self.gene_type)
+        expressions = np.empty(offsets[-1], self.expression_type)
+        gather.lists(self.genes, self.offsets, batches, rows, offsets, genes)
+        gather.lists(self.expressions, self.offsets, batches, rows, offsets, expressions)
+        return RaggedBatch(genes, expressions, offsets, {CELL_ID: self.cell_ids(cells)})
+
+    def _locate(self, cells: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        batches = np.searchsorted(self.first_cells, cells, side="right") - 1
+        return batches, cells - self.first_cells[batches]
+
+
+def map_shards(corpus: Path, shards: Sequence[ShardEntry]) -> ArrowShards:
+    """Map the token files of a split; reads headers only, copies nothing.
+
+    Raises DataError for a missing shard, and for one that does not hold what the manifest says (a stream cut between
+    two messages would otherwise read as a shorter one).
+    """
+    tables = [_map_shard(corpus / shard.file, shard) for shard in shards]
+    batches = [batch for table in tables for batch in table.to_batches()]
+    if not batches:
+        raise DataError("the split holds no cells", where=str(corpus), fix="give another split")
+    counts = np.array([batch.num_rows for batch in batches], np.int64)
+    types_found = {(batch.schema.field(GENES).type, batch.schema.field(EXPRESSIONS).type) for batch in batches}
+    if len(types_found) > 1:
+        raise DataError("the shards of one split store values in different types", where=str(corpus),
+                        fix="build the corpus again")
+    genes_type, expressions_type = types_found.pop()
+
+    def addresses(column: str, *, values: bool) -> NDArray[np.uint64]:
+        arrays = [batch.column(column) for batch in batches]
+        return np.array([_address(array.values, 1) if values else _address(array, 1) for array in arrays], np.uint64)
+
+    return ArrowShards(np.dtype(genes_type.value_type.to_pandas_dtype()),
+                       np.dtype(expressions_type.value_type.to_pandas_dtype()), offsets_of(counts),
+                       addresses(GENES, values=True), addresses(EXPRESSIONS, values=True),
+                       addresses(GENES, values=False), addresses(CELL_ID, values=False), tables)
+
+
+def _map_shard(path: Path, shard: ShardEntry) -> pa.Table:
+    fix = "restore the file, or build the corpus again"
+    try:
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise DataError(f"the shard has {size} bytes, the manifest says {shard.bytes}", where=str(path), fix=fix)
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    except OSError as error:
+        raise DataError(f"the shard cannot be mapped: {error}", where=str(path), fix=fix) from error
+    if table.num_rows != shard.cells:
+        raise DataError(f"the shard holds {table.num_rows} cells, the manifest says {shard.cells}", where=str(path),
+                        fix=fix)
+    return table
+
+
+def _address(array: pa.Array, buffer: int) -> int:
+    found = array.buffers()[buffer]
+    return 0 if found is None else int(found.address)   # no buffer: no values

@@ -1,0 +1,47 @@
+"""Copy cells out of mapped record batches: compiled loops over raw addresses, loaded on the first read.
+
+A batch is known by the addresses of its buffers, so one loop serves all batches of all shards; it releases the GIL, and
+costs one memory copy a cell. The addresses must stay mapped while a call runs: `ArrowShards` owns the mappings.
+"""
+import numpy as np
+from numba import carray, njit, types  # type: ignore[attr-defined]
+from numba.extending import intrinsic
+
+
+@intrinsic
+def _pointer(typing_context, address, like):  # type: ignore[no-untyped-def]
+    """Read an address (uint64) as a pointer to the element type of the array `like`."""
+    signature = types.CPointer(like.dtype)(types.uint64, like)
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return signature, generate
+
+
+@njit(cache=True, nogil=True)
+def lengths(offset_addresses, batches, rows, out):  # type: ignore[no-untyped-def]
+    """out[i] = number of values of cell rows[i] of record batch batches[i] (int32 list offsets at the address)."""
+    like = np.empty(0, np.int32)
+    for i in range(len(rows)):
+        offsets = carray(_pointer(offset_addresses[batches[i]], like), rows[i] + 2)  # type: ignore[call-arg]
+        out[i] = offsets[rows[i] + 1] - offsets[rows[i]]
+
+
+@njit(cache=True, nogil=True)
+def items(addresses, batches, rows, out):  # type: ignore[no-untyped-def]
+    """out[i] = item rows[i] of the flat column of record batch batches[i]."""
+    for i in range(len(rows)):
+        out[i] = carray(_pointer(addresses[batches[i]], out), rows[i] + 1)[rows[i]]  # type: ignore[call-arg]
+
+
+@njit(cache=True, nogil=True)
+def lists(addresses, offset_addresses, batches, rows, out_offsets, out):  # type: ignore[no-untyped-def]
+    """out[out_offsets[i]:out_offsets[i + 1]] = the values of cell rows[i] of record batch batches[i]."""
+    like = np.empty(0, np.int32)
+    for i in range(len(rows)):
+        first = carray(_pointer(offset_addresses[batches[i]], like), rows[i] + 1)[rows[i]]  # type: ignore[call-arg]
+        start, stop = out_offsets[i], out_offsets[i + 1]
+        values = carray(_pointer(addresses[batches[i]], out), first + stop - start)
+        for j in range(stop - start):
+            out[start + j] = values[first + j]

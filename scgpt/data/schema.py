@@ -1,0 +1,108 @@
+"""What a cell is on disk: column names, dtypes, invariants; and RaggedBatch, many cells joined end to end.
+
+Cell i of a batch owns values [offsets[i], offsets[i + 1]) of `genes` and `expressions`.
+"""
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scgpt.errors import DataError
+
+FORMAT = "scgpt-token-dataset"
+FORMAT_VERSION = 1
+
+GENES, EXPRESSIONS, CELL_ID = "genes", "expressions", "cell_id"   # columns of a token shard
+SOURCE, SOURCE_ROW = "source", "source_row"                       # with CELL_ID, what every metadata file holds
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedBatch:
+    """Cells as they are stored: only expressed genes, raw values, no special tokens."""
+
+    genes: NDArray[np.unsignedinteger]  # (values,)     token ids, ascending and unique within a cell: uint16 or uint32
+    expressions: NDArray[np.generic]    # (values,)     > 0: uint16, uint32 or float32
+    offsets: NDArray[np.int64]          # (cells + 1,)  starts at 0, ends at values
+    columns: dict[str, NDArray[np.generic]] = field(default_factory=dict)   # (cells,) each; `cell_id` is uint64
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Values of each cell, (cells,)."""
+        return np.diff(self.offsets)
+
+    def take(self, cells: NDArray[np.integer]) -> "RaggedBatch":
+        """The given cells, in the given order; O(values taken), no loop over cells."""
+        lengths = self.lengths[cells]
+        offsets = offsets_of(lengths)
+        values = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][cells] - offsets[:-1], lengths)
+        return RaggedBatch(self.genes[values], self.expressions[values], offsets,
+                           {name: column[cells] for name, column in self.columns.items()})
+
+    @staticmethod
+    def concatenate(batches: Sequence["RaggedBatch"]) -> "RaggedBatch":
+        """Join batches of the same dtypes and columns; at least one batch."""
+        return RaggedBatch(np.concatenate([batch.genes for batch in batches]),
+                           np.concatenate([batch.expressions for batch in batches]),
+                           offsets_of(np.concatenate([batch.lengths for batch in batches])),
+                           {name: np.concatenate([batch.columns[name] for batch in batches])
+                            for name in batches[0].columns})
+
+
+def offsets_of(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Cell lengths, (cells,), to boundaries, (cells + 1,) int64."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def gene_dtype(n_tokens: int) -> np.dtype[np.unsignedinteger]:
+    """The type that stores ids of a vocabulary of `n_tokens` tokens: uint16 where it fits, else uint32."""
+    return np.dtype(np.uint16 if n_tokens <= 1 << 16 else np.uint32)
+
+
+def expression_dtype(*, integer: bool, largest: float) -> np.dtype[np.generic]:
+    """The one type of a corpus's values: uint16 or uint32 where all are integers that fit, else float32."""
+    if integer and largest < 1 << 16:
+        return np.dtype(np.uint16)
+    if integer and largest < 1 << 32:
+        return np.dtype(np.uint32)
+    return np.dtype(np.float32)
+
+
+def cell_ids(source: str, source_rows: NDArray[np.integer]) -> NDArray[np.uint64]:
+    """uint64 ids: the first 32 bits of sha256(source's name), then 32 bits of the row within the source."""
+    return (np.uint64(source_hash(source)) << np.uint64(32)) | source_rows.astype(np.uint64)
+
+
+def source_hash(source: str) -> int:
+    """The upper 32 bits of the cell ids of a source: two names with one hash must not meet in one corpus."""
+    return int.from_bytes(hashlib.sha256(source.encode()).digest()[:4], "big")
+
+
+def check_cells(batch: RaggedBatch, *, n_tokens: int, where: str) -> None:
+    """Hold a batch against the invariants of the format; O(values), vectorised.
+
+    Raises DataError naming the first cell at fault: boundaries out of order, ids not ascending, not unique or outside
+    the vocabulary, values not above 0 or not finite.
+    """
+    offsets, genes = batch.offsets, batch.genes
+    fix = "the corpus is damaged: build it again"
+    if (offsets[0] != 0 or offsets[-1] != len(genes) or len(genes) != len(batch.expressions)
+            or (batch.lengths < 0).any()):
+        raise DataError("the boundaries of cells do not fit their values", where=where, fix=fix)
+    within = np.ones(len(genes), bool)
+    within[offsets[:-1][batch.lengths > 0]] = False
+    not_ascending = np.flatnonzero(within[1:] & (genes[1:] <= genes[:-1])) + 1
+    outside = np.flatnonzero(genes >= n_tokens)
+    values = np.asarray(batch.expressions, np.float64)
+    not_positive = np.flatnonzero(~((values > 0) & np.isfinite(values)))
+    for faults, what in ((not_ascending, "gene ids that do not ascend"), (outside, "a gene id outside the vocabulary"),
+                         (not_positive, "an expression that is not a finite number above 0")):
+        if len(faults):
+            cell = int(np.searchsorted(offsets, faults[0], side="right")) - 1
+            raise DataError(f"cell {cell} has {what}", where=where, fix=fix)

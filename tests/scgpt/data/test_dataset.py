@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from scgpt.data import TokenDataset, verify_corpus
+from scgpt.errors import DataError
+
+from .cells import random_cells, write_corpus
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    write_corpus(tmp_path / "corpus", {
+        "train": [random_cells([5, 9, 1]), random_cells([3] * 9, seed=1, source="b")],
+        "valid": [random_cells([7, 2], seed=2, source="c")],
+    })
+    return tmp_path / "corpus"
+
+
+def files_of(corpus: Path) -> list[Path]:
+    return sorted(path for path in corpus.rglob("*") if path.is_file())
+
+
+def test_verify_accepts_a_whole_corpus(corpus: Path):
+    manifest = verify_corpus(corpus, deep=True)
+    assert {name: split.cells for name, split in manifest.splits.items()} == {"train": 12, "valid": 2}
+    assert len(files_of(corpus)) == 8
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_verify_finds_one_changed_byte_in_any_file(corpus: Path, index: int):
+    path = files_of(corpus)[index]
+    content = path.read_bytes()
+    for position in {0, len(content) // 2, len(content) - 1}:
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1:])
+        with pytest.raises(DataError):
+            verify_corpus(corpus)
+    path.write_bytes(content)
+    verify_corpus(corpus)
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_verify_finds_a_missing_file(corpus: Path, index: int):
+    files_of(corpus)[index].unlink()
+    with pytest.raises(DataError):
+        verify_corpus(corpus)
+
+
+def test_verify_finds_a_file_that_does_not_belong(corpus: Path):
+    (corpus / "train" / "part-00009.arrow").write_bytes(b"")
+    with pytest.raises(DataError, match=r"'train/part-00009\.arrow' does not belong"):
+        verify_corpus(corpus)
+
+
+def test_one_cell_by_index(corpus: Path):
+    dataset = TokenDataset.open(corpus)
+    last = dataset[-1]
+    assert last["genes"].tolist() == dataset.fetch(np.array([11])).genes.tolist()
+    with pytest.raises(IndexError):
+        dataset[12]
+    with pytest.raises(IndexError):
+        dataset.fetch(np.array([0, -1]))
+
+
+def test_codes_number_the_sorted_values_over_all_shards(corpus: Path):
+    codes, donors = TokenDataset.open(corpus).codes("donor")
+    assert donors == ["d0", "d1", "d2"]
+    assert codes.tolist() == [0, 1, 2, 0, 1, 2, 0, -1, 2, 0, 1, 2]
+    with pytest.raises(DataError, match=r"no column 'doner'.*choose one of: donor"):
+        TokenDataset.open(corpus).codes("doner")
+
+
+def test_hugging_face_datasets_opens_the_shards(corpus: Path):
+    dataset = TokenDataset.open(corpus)
+    hf = dataset.to_hf(columns=["donor"])
+    assert isinstance(hf, datasets.Dataset)
+    assert len(hf) == 12
+    assert hf[4]["genes"] == dataset[4]["genes"].tolist()
+    assert hf[4]["expressions"] == dataset[4]["expressions"].tolist()
+    assert hf[4]["cell_id"] == dataset[4]["cell_id"]
+    assert hf[4]["donor"] == "d1"
+    assert [Path(file["filename"]).name for file in dataset.to_hf().cache_files] == ["part-00000.arrow",
+                                                                                   "part-00001.arrow"]
+
+
+@pytest.mark.parametrize(("spoil", "says"), [
+    (lambda c: (c / "manifest.json").unlink(), "not a corpus"),
+    (lambda c: (c / "train" / "part-00001.arrow").unlink(), "cannot be mapped"),
+])
+def test_opening_what_is_no_corpus_says_so(corpus: Path, spoil, says: str):
+    spoil(corpus)
+    with pytest.raises(DataError, match=says):
+        TokenDataset.open(corpus)
+
+
+def test_an_unknown_split_lists_the_splits(corpus: Path):
+    with pytest.raises(DataError, match="no split 'test'.*train, valid"):
+        TokenDataset.open(corpus, "test")
+
+
+def test_another_vocabulary_is_refused(corpus: Path):
+    path = corpus / "vocab.json"
+    path.write_text(path.read_text().replace('"g7"', '"h7"'))
+    with pytest.raises(DataError, match="not the vocabulary"):
+        TokenDataset.open(corpus).vocab  # noqa: B018

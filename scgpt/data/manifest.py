@@ -81,7 +81,7 @@ class SourceEntry(Config):
     bytes: int
     sha256: str
     cells_in: int
-    cells_written: dict[str, int]   # split -> cells
+    cells_written: int
     filtered: dict[str, int]        # reason -> cells
     values: int                     # stored values of the written cells
     expression_sum: float           # their sum

@@ -40,7 +40,7 @@ def write_corpus(folder: Path, splits: dict[str, list[RaggedBatch]], *, max_batc
     genes = GeneSummary(style="symbol", column="index", n_genes=N_TOKENS, n_mapped=N_TOKENS, overlap=1, n_renamed=0,
                         n_merged=0, unmapped=[], unmapped_sum=0)
     source = SourceEntry(name="a", file="a.h5ad", bytes=1, sha256=hashlib.sha256(b"a").hexdigest(), cells_in=cells,
-                         cells_written={name: entry.cells for name, entry in entries.items()}, filtered={},
+                         cells_written=cells, filtered={},
                          values=sum(entry.tokens for entry in entries.values()), expression_sum=0, genes=genes)
     manifest = Manifest(created_by="tests", expression_kind="counts", columns=["donor"], splits=entries,
                         vocab=VocabEntry(name="tests", sha256=vocab.sha256, tokens=len(vocab)), sources=[source],

@@ -45,7 +45,7 @@ export HF_DATASETS_OFFLINE := 1
 export WANDB_ERROR_REPORTING := false
 
 # Run a recipe with a private temporary directory and a home inside the clone; the exit status is the recipe's.
-PRIVATE = export HOME="$(CACHE)/home"; mkdir -p "$$HOME"; short="$${TMPDIR:-/tmp}"; [ $${#short} -le 32 ] || short=/tmp; \
+PRIVATE = export HOME="$(CACHE)/home"; mkdir -p "$$HOME"; short="$${TMPDIR:-/tmp}"; [ $${\#short} -le 32 ] || short=/tmp; \
 	TMPDIR="$$(mktemp -d "$$short/scgpt-XXXXXX")"; export TMPDIR; trap 'rm -rf "$$TMPDIR"' EXIT;
 
 help:

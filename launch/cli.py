@@ -70,9 +70,9 @@ def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, r
 
 def data_plan(args: argparse.Namespace) -> Answer:
     """Print what a build would do."""
-    from data_pipeline.config import CorpusConfig
     from data_pipeline.plan import make_plan
 
+    from data_pipeline.config import CorpusConfig
     from scgpt.config import load_config
 
     plan = make_plan(load_config(CorpusConfig, args.config, args.overrides, kind="corpus"))
@@ -81,9 +81,9 @@ def data_plan(args: argparse.Namespace) -> Answer:
 
 def data_build(args: argparse.Namespace) -> Answer:
     """Build a corpus, or continue one."""
-    from data_pipeline.config import CorpusConfig
     from data_pipeline.execute import build
 
+    from data_pipeline.config import CorpusConfig
     from scgpt.config import load_config
 
     config = load_config(CorpusConfig, args.config, args.overrides, kind="corpus")
@@ -169,9 +169,8 @@ def corpus_summary(manifest: Any) -> dict[str, Any]:
         for reason, cells in source.filtered.items():
             filtered[reason] = filtered.get(reason, 0) + cells
     return {
-        "sha256": manifest.sha256,
         "cells_in": sum(source.cells_in for source in manifest.sources),
-        "cells_kept": sum(source.cells_written for source in manifest.sources),
+        "cells_kept": sum(sum(source.cells_written.values()) for source in manifest.sources),
         "filtered": filtered,
         "splits": {name: {"cells": split.cells, "tokens": split.tokens} for name, split in manifest.splits.items()},
     }

@@ -1,0 +1,127 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch import cli
+from scgpt.errors import CheckpointError, ConfigError, DataError, ScgptError
+
+COMMANDS = ["data plan", "data build", "data verify", "train", "export", "verify", "embed", "config show",
+            "config list"]
+
+
+def scgpt(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "launch.cli", *words], capture_output=True, text=True, timeout=120,
+                          check=False)
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command.split(), "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_answers_in_under_a_second():
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        assert scgpt("--help").returncode == 0
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_starts_with_an_example_that_parses(command: str, capsys: pytest.CaptureFixture[str]):
+    text = help_of(command, capsys)
+    description = text.partition("\n\n")[2]
+    assert description.startswith("example:\n  scgpt " + command)
+    example = description.splitlines()[1].split()[1:]
+    args, rest = cli.build_parser().parse_known_args(example)
+    assert args.run.__name__ == command.replace(" ", "_")
+    assert not rest
+
+
+def test_settings_are_taken_before_and_after_flags():
+    parser = cli.build_parser()
+    args, rest = parser.parse_known_args(["data", "build", "demo", "seed=1", "--out", "x", "seed=2", "a.b=[1, 2]"])
+    cli._take_overrides(parser, args, rest)
+    assert args.overrides == ["seed=1", "seed=2", "a.b=[1, 2]"]
+
+
+@pytest.mark.parametrize("words", [
+    ["data", "build", "demo"],                            # no --out
+    ["data", "build", "demo", "--out", "x", "word"],      # not key=value
+    ["data", "build", "demo", "--out", "x", "--nosuch=1"],
+    ["verify", "x", "seed=1"],                            # takes no settings
+    ["nosuch"], ["data"], [],
+])
+def test_bad_usage_exits_2(words: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (ConfigError("wrong", where="here", fix="mend it"), 2), (DataError("wrong", where="here", fix="mend it"), 1),
+    (CheckpointError("wrong", where="here", fix="mend it"), 1), (OSError(28, "No space left on device", "corpus"), 1),
+])
+def test_an_error_is_one_sentence_and_its_class_sets_the_code(
+        error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def fail(args: object) -> cli.Answer:
+        raise error
+    monkeypatch.setattr(cli, "config_list", fail)
+    assert cli.main(["config", "list"]) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == f"error: {error}\n"
+    if isinstance(error, ScgptError):
+        assert shown.err == "error: wrong (here); mend it\n"
+    assert cli.main(["config", "list", "--debug"]) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_is_not_swallowed(monkeypatch: pytest.MonkeyPatch):
+    def fail(args: object) -> cli.Answer:
+        raise ZeroDivisionError
+    monkeypatch.setattr(cli, "config_list", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["config", "list"])
+
+
+def test_an_interrupt_says_that_the_command_continues(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def interrupt(args: object) -> cli.Answer:
+        raise KeyboardInterrupt
+    monkeypatch.setattr(cli, "config_list", interrupt)
+    assert cli.main(["config", "list"]) == 75
+    assert "the same command continues" in capsys.readouterr().err
+
+
+def test_json_is_one_object_on_the_last_line_of_stdout():
+    run = scgpt("config", "list", "--json")
+    assert run.returncode == 0
+    assert "demo" in json.loads(run.stdout.splitlines()[-1])["corpus"]
+
+
+def test_a_name_that_does_not_ship_is_answered_with_those_that_do(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["config", "show", "dmeo", "--kind", "corpus"]) == 2
+    assert "did you mean 'demo'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["demo"])
+def test_what_ships_as_a_corpus_resolves(name: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["config", "show", name, "--kind", "corpus", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sources"]
+
+
+@pytest.mark.parametrize("command", ["data verify", "verify"])
+def test_a_folder_that_is_not_there_is_one_sentence(command: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main([*command.split(), "no/such/folder"]) == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+    assert "no/such/folder" in shown.err

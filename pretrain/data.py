@@ -1,0 +1,147 @@
+"""Loader: order -> partition -> fetch -> collate -> tensors. Its state is one integer, the step.
+
+Every rank computes which cells make the global batch and how they fall into micro-batches (indices and lengths only), and
+reads and collates those of its own.
+"""
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.order import global_batch, in_order
+from pretrain.partition import micro_batches, of_rank
+from pretrain.prefetch import Prefetch
+from scgpt.collate import CollateConfig, PackedBatch, collate
+from scgpt.data import RaggedBatch
+from scgpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from scgpt.model import PackedTensors
+
+
+class Cells(Protocol):
+    """What the loader reads from: TokenDataset, or anything alike."""
+
+    def __len__(self) -> int:
+        """Cells."""
+
+    def fetch(self, indices: NDArray[np.integer]) -> RaggedBatch:
+        """The given cells in the given order, with `cell_id`."""
+
+    def lengths_of(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Values of the given cells, without reading them."""
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalStep:
+    """What one rank runs in one step."""
+
+    step: int                         # global batches before this one
+    numbers: range                    # (micro-batches,) their numbers j within the global batch
+    micro_batches: list[PackedBatch]  # one a forward pass, in the order of `numbers`
+    n_cells: int                      # cells of the global batch, over all ranks
+    n_micro: int                      # micro-batches of the global batch, over all ranks
+
+    @property
+    def n_targets(self) -> int:
+        """Positions of this rank that count in the loss; their sum over the ranks normalises it."""
+        return sum(batch.n_targets for batch in self.micro_batches)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of this rank."""
+        return sum(batch.n_tokens for batch in self.micro_batches)
+
+
+class Loader:
+    """Micro-batches of one rank, step by step.
+
+    Args:
+        cells: the split to read.
+        collate_config: how cells become model inputs.
+        cls_id: id of `<cls>`.
+        seed: of the order and of every draw.
+        global_batch_size: cells a step, over all ranks.
+        micro_batch_size: cells a forward pass.
+        rank, world_size: whose micro-batches.
+        workers: threads that prepare steps ahead; 0: none.
+        evaluation: one pass in stored order, with the draws of epoch 0, instead of endless shuffled epochs.
+
+    Raises ConfigError when the sizes do not fit each other.
+    """
+
+    def __init__(self, cells: Cells, collate_config: CollateConfig, *, cls_id: int, seed: int, global_batch_size: int,
+                 micro_batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 2,
+                 evaluation: bool = False) -> None:
+        share = micro_batch_size * world_size
+        if not evaluation and global_batch_size % share:
+            raise ConfigError(f"batch.global_batch_size {global_batch_size} is no multiple of batch.micro_batch_size "
+                              f"{micro_batch_size} x {world_size} ranks",
+                              fix=f"make it {max(1, round(global_batch_size / share)) * share}, or change the others")
+        self.cells, self.collate_config, self.cls_id, self.seed = cells, collate_config, cls_id, seed
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.rank, self.world_size, self.workers, self.evaluation = rank, world_size, workers, evaluation
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of one pass over the cells, a shorter last one included."""
+        return -(-len(self.cells) // self.global_batch_size)
+
+    def batches(self, first_step: int = 0) -> Prefetch[GlobalStep]:
+        """Iterate from `first_step` on: endless in training, to the end of the cells in evaluation."""
+        steps: Iterator[int] = (iter(range(first_step, self.n_steps)) if self.evaluation
+                                else itertools.count(first_step))
+        return Prefetch(self.load, steps, workers=self.workers)
+
+    def load(self, step: int) -> GlobalStep:
+        """This rank's part of global batch `step`: a pure function of the loader's arguments and `step`."""
+        indices, epochs = self._order(step)
+        lengths = np.minimum(self.cells.lengths_of(indices), self.collate_config.context_length - 1) + 1
+        dealt = micro_batches(lengths, self.micro_batch_size)
+        numbers = of_rank(len(dealt), self.rank, self.world_size)
+        return GlobalStep(step, numbers, [self._collate(indices[dealt[j]], epochs[dealt[j]]) for j in numbers],
+                          len(indices), len(dealt))
+
+    def _order(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        size = self.global_batch_size
+        if self.evaluation:
+            return in_order(step, n_cells=len(self.cells), global_batch_size=size)
+        return global_batch(step, n_cells=len(self.cells), global_batch_size=size, seed=self.seed)
+
+    def _collate(self, indices: NDArray[np.int64], epochs: NDArray[np.int64]) -> PackedBatch:
+        return collate(self.cells.fetch(indices), self.collate_config, cls_id=self.cls_id, seed=self.seed, epochs=epochs)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTensors:
+    """A PackedBatch on a device."""
+
+    inputs: "PackedTensors"
+    targets: "torch.Tensor"      # (tokens,) float32
+    target_mask: "torch.Tensor"  # (tokens,) bool
+    positions: "torch.Tensor"    # (targets,) int64: the tokens where target_mask is True, ascending
+
+
+def to_tensors(batch: PackedBatch, device: "torch.device | str") -> BatchTensors:
+    """Copy a batch to `device`; to a GPU through pinned memory, without waiting. On a CPU most arrays are shared.
+
+    `positions` is computed on the host, where it costs no synchronisation.
+    """
+    import torch
+
+    from scgpt.model import PackedTensors
+
+    on_gpu = torch.device(device).type == "cuda"
+
+    def moved(array: NDArray[np.generic]) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
+
+    inputs = PackedTensors(moved(batch.gene_ids).long(), moved(batch.values), moved(batch.cu_seqlens), batch.max_seqlen)
+    return BatchTensors(inputs, moved(batch.targets), moved(batch.target_mask),
+                        moved(np.flatnonzero(batch.target_mask)))

@@ -1,0 +1,142 @@
+"""RaggedBatch -> PackedBatch: each cell sampled, binned, masked and packed by one compiled loop over cells.
+
+Every draw is keyed by (seed, epoch, cell_id, purpose), so a cell's tokens depend on nothing else: not on its neighbours in
+the batch, the rank, the worker or the step. Bins are those of the whole cell, drawn before it is sampled, as upstream's.
+The loop releases the GIL. Its machine code is cached beside the source; the first call in a fresh clone compiles it.
+"""
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from scgpt.collate.binning import TABLE, as_values, bin_values, fill_edges, fill_tables, probabilities, sort_keys
+from scgpt.collate.masking import draw_ratio, hide
+from scgpt.collate.packing import PackedBatch
+from scgpt.collate.sampling import sample
+from scgpt.data.schema import CELL_ID, RaggedBatch
+from scgpt.errors import ConfigError, DataError
+from scgpt.rng import PURPOSE_BIN_TIES, PURPOSE_MASK, PURPOSE_SAMPLE, stream
+
+InputStyle = Literal["binned", "log1p", "raw"]
+TieRule = Literal["spread", "highest"]
+_BINNED, _LOG1P, _RAW = 0, 1, 2
+_STYLES = {"binned": _BINNED, "log1p": _LOG1P, "raw": _RAW}
+
+
+@dataclass(frozen=True, slots=True)
+class CollateConfig:
+    """How cells become model inputs. Raises ConfigError where a setting makes no sense."""
+
+    context_length: int                        # tokens a cell at most, `<cls>` included
+    n_bins: int = 51                           # bins, that of zero included; upstream always uses 51
+    mask_ratio: tuple[float, ...] = (0.4,)     # share of hidden genes; of several, each cell draws one
+    pad_value: float = -2                      # value of padding and, as upstream, of `<cls>`
+    mask_value: float = -1                     # value of a hidden gene
+    task: Literal["pcpt"] = "pcpt"             # masked expression
+    input_style: InputStyle = "binned"         # bins, log(1 + expression), or the expression itself
+    tie_rule: TieRule = "spread"               # a value on several edges: a bin drawn among theirs, or the highest
+
+    def __post_init__(self) -> None:
+        for name, value, good, what in (
+            ("context_length", self.context_length, self.context_length >= 2, "2 or more (`<cls>` and a gene)"),
+            ("n_bins", self.n_bins, 2 <= self.n_bins <= 1 << 15, "2 to 32768"),
+            ("mask_ratio", self.mask_ratio, self.mask_ratio and all(0 < p < 1 for p in self.mask_ratio),
+             "between 0 and 1, both excluded"),
+            ("task", self.task, self.task == "pcpt", "'pcpt'"),
+            ("input_style", self.input_style, self.input_style in _STYLES, " or ".join(map(repr, _STYLES))),
+            ("tie_rule", self.tie_rule, self.tie_rule in ("spread", "highest"), "'spread' or 'highest'"),
+        ):
+            if not good:
+                raise ConfigError(f"wrong value of '{name}' = {value!r}", fix=f"it must be {what}")
+
+    @property
+    def cls_value(self) -> float:
+        """The value of `<cls>`: upstream gives it that of padding."""
+        return self.pad_value
+
+
+def collate(cells: RaggedBatch, config: CollateConfig, *, cls_id: int, seed: int, epochs: NDArray[np.int64] | int,
+            mask: bool = True) -> PackedBatch:
+    """Sample, bin, mask and pack cells that satisfy the invariants of the format.
+
+    Args:
+        cells: `columns` holds `cell_id`, the key of every draw.
+        config: what to do to them.
+        cls_id: id of `<cls>`.
+        seed: of the run, 0 or more.
+        epochs: passes over the corpus before this one, of each cell, (cells,), or of all.
+        mask: False hides nothing (embedding).
+
+    Raises DataError when the batch has more tokens than int32 boundaries can name.
+    """
+    cell_ids = np.ascontiguousarray(cells.columns[CELL_ID], np.uint64)
+    lengths = np.minimum(cells.lengths, config.context_length - 1) + 1
+    n_tokens = int(lengths.sum())
+    if n_tokens > np.iinfo(np.int32).max:
+        raise DataError(f"a batch of {len(cells)} cells has {n_tokens} tokens, more than int32 can count",
+                        fix="make batch.micro_batch_size smaller")
+    cu_seqlens = np.zeros(len(cells) + 1, np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    packed = PackedBatch(np.empty(n_tokens, np.int32), np.empty(n_tokens, np.float32), np.empty(n_tokens, np.float32),
+                         np.empty(n_tokens, np.bool_), cu_seqlens, int(lengths.max(initial=0)), cell_ids)
+    recipe = _Recipe(np.uint64(seed), cls_id, config.cls_value, config.mask_value,
+                     np.array(config.mask_ratio if mask else (0.0,)), config.context_length - 1,
+                     _STYLES[config.input_style], config.tie_rule == "spread",
+                     cells.expressions.dtype != np.float32, probabilities(config.n_bins))
+    epoch_of = np.ascontiguousarray(np.broadcast_to(np.asarray(epochs, np.int64), cell_ids.shape))
+    sorted_keys = np.empty(int(cells.lengths.max(initial=0)), np.uint32)
+    _collate_cells(cells.genes, cells.expressions, sort_keys(cells.expressions), cells.offsets, cell_ids, epoch_of, recipe,
+                   sorted_keys, as_values(sorted_keys, cells.expressions.dtype),
+                   packed.gene_ids, packed.values, packed.targets, packed.target_mask, cu_seqlens)
+    return packed
+
+
+class _Recipe(NamedTuple):
+    """CollateConfig and the call's own settings in the types of the compiled loop."""
+
+    seed: np.uint64
+    cls_id: int
+    cls_value: float
+    mask_value: float
+    mask_ratios: NDArray[np.float64]   # (ratios,)
+    n_wanted: int                      # genes a cell at most
+    style: int
+    spread: bool
+    integers: bool                     # expressions are integers
+    at: NDArray[np.float64]            # (n_bins - 1,) probabilities of the edges
+
+
+@njit(cache=True, nogil=True)
+def _collate_cells(genes: NDArray[np.unsignedinteger], expressions: NDArray[np.generic],
+                   keys: NDArray[np.unsignedinteger], offsets: NDArray[np.int64], cell_ids: NDArray[np.uint64],
+                   epochs: NDArray[np.int64], recipe: _Recipe, sorted_keys: NDArray[np.uint32],
+                   ordered: NDArray[np.generic], gene_ids: NDArray[np.int32], values: NDArray[np.float32],
+                   targets: NDArray[np.float32], target_mask: NDArray[np.bool_], cu_seqlens: NDArray[np.int32]) -> None:
+    """Fill `gene_ids`, `values`, `targets`, `target_mask`, (tokens,) each; `sorted_keys` and `ordered` are scratch."""
+    spare, starts = np.empty_like(sorted_keys), np.empty(TABLE, np.int32)
+    edges, tables = np.empty_like(recipe.at), np.empty((2, TABLE), np.uint16)
+    chosen = np.empty(recipe.n_wanted + 1, np.int32)
+    for cell in range(len(cell_ids)):
+        epoch, cell_id = epochs[cell], cell_ids[cell]
+        begin, end, first, stop = offsets[cell], offsets[cell + 1], cu_seqlens[cell], cu_seqlens[cell + 1]
+        of_cell, shown, bins = expressions[begin:end], values[first + 1:stop], targets[first + 1:stop]
+        gene_ids[first], targets[first], values[first] = recipe.cls_id, recipe.cls_value, recipe.cls_value
+        target_mask[first] = False
+        n_chosen = sample(stream(recipe.seed, epoch, cell_id, PURPOSE_SAMPLE), chosen, end - begin, recipe.n_wanted)
+        for t in range(n_chosen):
+            gene_ids[first + 1 + t] = genes[begin + chosen[t]]
+        if recipe.style == _BINNED and n_chosen > 0:
+            fill_edges(keys[begin:end], sorted_keys, spare, starts, ordered, recipe.at, edges)
+            table_end = fill_tables(edges, recipe.integers, tables)
+            bin_values(of_cell, keys[begin:end], chosen, n_chosen, edges, tables, table_end,
+                       stream(recipe.seed, epoch, cell_id, PURPOSE_BIN_TIES), recipe.spread, bins)
+        else:
+            for t in range(n_chosen):
+                value = float(of_cell[chosen[t]])
+                bins[t] = np.log1p(value) if recipe.style == _LOG1P else value
+        shown[:] = bins
+        hide(stream(recipe.seed, epoch, cell_id, PURPOSE_MASK),
+             draw_ratio(recipe.seed, epoch, cell_id, recipe.mask_ratios), recipe.mask_value, shown,
+             target_mask[first + 1:stop])

@@ -27,6 +27,9 @@ PURPOSE_MASK_RATIO = np.uint64(4)  # the mask ratio of a cell, where a list is g
 PURPOSE_ORDER = np.uint64(5)       # the permutation of an epoch
 PURPOSE_SHUFFLE = np.uint64(6)     # bucket and key of a cell when a corpus is shuffled
 PURPOSE_SPLIT = np.uint64(7)       # perception or generation
+PURPOSE_HOLD_OUT = np.uint64(8)    # the split of a cell, where cells are held out one by one
+PURPOSE_DROPOUT = np.uint64(9)     # seed of a micro-batch's dropout: (seed, step, its number) for epoch and cell
+PURPOSE_WEIGHTS = np.uint64(10)    # seed of a model's first weights
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -1,0 +1,184 @@
+"""The engine of a run: the model under DeepSpeed, and the JSON that DeepSpeed is given, derived from TrainConfig.
+
+Every key of that JSON whose default has moved between releases, or differs between optimizers, is written out, so that
+an upgrade changes no number. On a CPU nothing is compiled at run time: DeepSpeed's shared-memory collectives and its fused
+Adam are left out, which costs no result (facts measured: +48 s on a cold cache, a crash where there is no compiler).
+"""
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.config import TrainConfig
+from pretrain.data import BatchTensors
+from pretrain.objectives import LossSums, loss_sums
+from pretrain.world import World
+from scgpt.errors import ConfigError
+from scgpt.rng import GOLDEN, PURPOSE_DROPOUT, PURPOSE_WEIGHTS, stream
+from scgpt.vocab import GeneVocab
+
+_BUCKET_VALUES = 50_000_000   # values of a gradient or parameter message: 200 MB of float32
+_NEVER = 10**9
+_SEED_BITS = (1 << 63) - 1
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """What `auto` means on this device: bf16 on a GPU that has it, else fp32."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def deepspeed_json(config: TrainConfig, *, world_size: int, precision: str) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given.
+
+    Raises ConfigError where the batch sizes do not fit, and where an override would change the batch behind our back.
+    """
+    optimizer = config.optimizer
+    derived: dict[str, Any] = {
+        "train_batch_size": config.batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.batch.micro_batch_size,
+        "gradient_accumulation_steps": config.batch.accumulation(world_size),
+        "managed_gradient_accumulation": True,
+        "optimizer": {"type": "AdamW", "legacy_fusion": False, "params": {
+            "lr": optimizer.lr, "betas": list(optimizer.betas), "eps": optimizer.eps,
+            "weight_decay": optimizer.weight_decay,   # torch's default is 0.01, FusedAdam's 0
+            "torch_adam": True, "adam_w_mode": True}},
+        "gradient_clipping": optimizer.grad_clip,
+        "prescale_gradients": False, "gradient_predivide_factor": 1.0, "gradient_allreduce_op": "mean",
+        "sparse_gradients": False, "communication_data_type": "fp32",
+        "bf16": {"enabled": precision == "bf16", "immediate_grad_update": False, "check_grad_overflow": True,
+                 "bf16_master_weights_and_grads": False, "bf16_optimizer_states": False},
+        "fp16": {"enabled": precision == "fp16", "auto_cast": False, "loss_scale": 0, "initial_scale_power": 16,
+                 "loss_scale_window": 1000, "hysteresis": 2, "consecutive_hysteresis": False, "min_loss_scale": 1,
+                 "fp16_master_weights_and_grads": False},
+        "torch_autocast": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": _zero_json(config.deepspeed.zero_stage),
+        "zero_allow_untested_optimizer": False, "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": {"tag_validation": "Fail", "load_universal": False, "use_node_local_storage": False,
+                       "parallel_write": {"pipeline_stage": False}},
+        "compile": {"deepcompile": False},
+        "steps_per_print": _NEVER, "wall_clock_breakdown": False, "memory_breakdown": False, "dump_state": False,
+        "disable_allgather": False, "disable_python_gc": False, "dataloader_drop_last": False,
+    }
+    merged = _merged(derived, config.deepspeed.overrides)
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if merged[key] != derived[key]:
+            raise ConfigError(f"deepspeed.overrides changes '{key}'", fix="set the sizes under batch instead")
+    return merged
+
+
+def _zero_json(stage: int) -> dict[str, Any]:
+    every: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "reduce_bucket_size": _BUCKET_VALUES,
+                             "allgather_bucket_size": _BUCKET_VALUES, "overlap_comm": False,
+                             "ignore_unused_parameters": True, "load_from_fp32_weights": True,
+                             "elastic_checkpoint": False}
+    if stage in (1, 2):
+        every |= {"reduce_scatter": True, "use_multi_rank_bucket_allreduce": True, "allgather_partitions": True,
+                  "round_robin_gradients": False, "parameter_alignment": False, "compute_grad_norm": True,
+                  "legacy_stage1": False}
+    if stage == 3:
+        every |= {"sub_group_size": _NEVER, "stage3_prefetch_bucket_size": _BUCKET_VALUES,
+                  "stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": _NEVER,
+                  "stage3_max_reuse_distance": _NEVER, "stage3_gather_16bit_weights_on_model_save": False,
+                  "zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False,
+                  "memory_efficient_linear": False}
+    return every
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def quiet_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed without its banner of information, and without anything that is compiled at run time on a CPU."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class Engine:
+    """The model in training: forward passes that add up gradients, an update after the last one of a step."""
+
+    def __init__(self, config: TrainConfig, vocab: GeneVocab, world: World) -> None:
+        quiet_deepspeed(world.device)
+        import deepspeed
+
+        from scgpt.model import build_model
+
+        self.precision = resolve_precision(config.train.precision, world.device)
+        self.json = deepspeed_json(config, world_size=world.world_size, precision=self.precision)
+        deepspeed.comm.comm.cdb = None   # of an earlier run in this process
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        torch.manual_seed(_seed(config.train.seed, 0, 0, PURPOSE_WEIGHTS))   # every rank draws the same weights
+        model = build_model(config.model, vocab)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=self.json,
+                                                  dist_init_required=False)
+        self.objective, self.seed, self.world = config.objective, config.train.seed, world
+        self._copies = world.world_size * config.batch.accumulation(world.world_size)
+        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+    def train(self, batch: BatchTensors, *, step: int, micro_batch: int, count: int, lr: float) -> Tensor:
+        """One forward and backward pass; the update too, where it is the rank's last of the step.
+
+        Args:
+            batch: this micro-batch.
+            step: optimizer steps before this one.
+            micro_batch: its number within the global batch; with the seed and the step, the key of its dropout.
+            count: hidden positions of the global batch, over all ranks.
+            lr: learning rate of the update.
+
+        Returns the micro-batch's sums (loss terms, then relative errors), (names,) float64, without gradient.
+        """
+        torch.manual_seed(_seed(self.seed, step, micro_batch, PURPOSE_DROPOUT))
+        sums = self._sums(batch)
+        self.deepspeed.backward(sums.scaled(count=count, copies=self._copies))
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        return sums.detached()
+
+    @torch.no_grad()
+    def evaluate(self, batch: BatchTensors) -> Tensor:
+        """The sums of one micro-batch in evaluation mode: no dropout, no gradient. (names,) float64."""
+        self.deepspeed.eval()
+        try:
+            return self._sums(batch).detached()
+        finally:
+            self.deepspeed.train()
+
+    def _sums(self, batch: BatchTensors) -> LossSums:
+        inputs = replace(batch.inputs, values=batch.inputs.values.to(self._dtype))
+        return loss_sums(self.deepspeed, replace(batch, inputs=inputs), self.objective)
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the last step's whole gradient, before clipping."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+
+def _seed(seed: int, step: int, number: int, purpose: int) -> int:
+    """A seed of torch's generator from a stream of ours."""
+    return int(stream(seed, step, number, purpose) ^ GOLDEN) & _SEED_BITS
+
+
+def describe_json(config: TrainConfig, world_size: int) -> str:
+    """The DeepSpeed JSON as `--print-deepspeed-config` shows it, for `world_size` ranks on this machine's devices."""
+    precision = resolve_precision(config.train.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return json.dumps(deepspeed_json(config, world_size=world_size, precision=precision), indent=1)

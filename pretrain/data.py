@@ -1,7 +1,7 @@
 """Loader: order -> partition -> fetch -> collate -> tensors. Its state is one integer, the step.
 
-Every rank computes which cells make the global batch and how they fall into micro-batches (indices and lengths only), and
-reads and collates those of its own.
+Every rank computes which cells make the global batch and how they fall into micro-batches (indices and lengths only),
+and reads and collates those of its own.
 """
 import itertools
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from scgpt.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from scgpt.model import PackedTensors
+    from scgpt.model.packed import PackedTensors
 
 
 class Cells(Protocol):
@@ -114,7 +114,8 @@ class Loader:
         return global_batch(step, n_cells=len(self.cells), global_batch_size=size, seed=self.seed)
 
     def _collate(self, indices: NDArray[np.int64], epochs: NDArray[np.int64]) -> PackedBatch:
-        return collate(self.cells.fetch(indices), self.collate_config, cls_id=self.cls_id, seed=self.seed, epochs=epochs)
+        cells = self.cells.fetch(indices)
+        return collate(cells, self.collate_config, cls_id=self.cls_id, seed=self.seed, epochs=epochs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def to_tensors(batch: PackedBatch, device: "torch.device | str") -> BatchTensors
     """
     import torch
 
-    from scgpt.model import PackedTensors
+    from scgpt.model.packed import PackedTensors
 
     on_gpu = torch.device(device).type == "cuda"
 

@@ -1,20 +1,20 @@
 """Which cells make global batch t: a permutation of all cells for each epoch, computed by index, never stored.
 
-Position p = step * global_batch_size + k of a run falls on epoch p // n_cells. Every cell comes up exactly once an epoch;
-a batch may straddle two epochs, so none is dropped or repeated to fill one. State is the step alone.
+Position p = step * global_batch_size + k of a run falls on epoch p // n_cells. Every cell comes up exactly once an
+epoch; a batch may straddle two epochs, so none is dropped or repeated to fill one. State is the step alone.
 
 The permutation is a Feistel network on the grid a x b, a = ceil(sqrt(n)), b = ceil(n / a) (Black, Rogaway: Ciphers with
-arbitrary finite domains, CT-RSA 2002, with addition modulo a and b): each round shifts one coordinate by a keyed hash of
-the other, which can be undone, so it permutes the grid; an index that lands on the grid's few cells past n - 1 is sent
-through again. O(1) memory, some 0.2 us an index at any n up to 2**62. A stored permutation of 1e9 cells would take 8 GB
-on each rank and seconds an epoch.
+arbitrary finite domains, CT-RSA 2002, with addition modulo a and b): each round shifts one coordinate by a keyed hash
+of the other, which can be undone, so it permutes the grid; an index that lands on the grid's few places past n - 1 is
+sent through again. O(1) memory, some 0.2 us an index at any n up to 2**62. A stored permutation of 1e9 cells would take
+8 GB on each rank and seconds an epoch.
 """
 import numpy as np
 from numba import njit, uint64
 from numpy.typing import NDArray
 
 from scgpt.errors import DataError
-from scgpt.rng import PURPOSE_ORDER, bits, stream
+from scgpt.rng import PURPOSE_ORDER, Word, bits, stream
 
 ROUNDS = 12   # chi-square over all 24 orders of 4 cells is flat from 6 on (tests); twice that for peace
 
@@ -33,13 +33,13 @@ def global_batch(step: int, *, n_cells: int, global_batch_size: int,
 
 
 def in_order(step: int, *, n_cells: int, global_batch_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cells of batch `step` of one pass in stored order (evaluation): the last batch is shorter, then they are empty."""
+    """Cells of batch `step` of one pass in stored order (evaluation): the last one is shorter, then they are empty."""
     indices = np.arange(min(step * global_batch_size, n_cells), min((step + 1) * global_batch_size, n_cells))
     return indices, np.zeros_like(indices)
 
 
 @njit(cache=True, nogil=True)
-def permute(places: NDArray[np.int64], epochs: NDArray[np.int64], n_cells: int, seed: int) -> NDArray[np.int64]:
+def permute(places: NDArray[np.int64], epochs: NDArray[np.int64], n_cells: int, seed: Word) -> NDArray[np.int64]:
     """Where the permutation of each epoch sends each place, (places,): a bijection of [0, n_cells) for one epoch."""
     side_a = uint64(np.ceil(np.sqrt(n_cells)))
     side_b = (uint64(n_cells) + side_a - uint64(1)) // side_a

@@ -1,8 +1,8 @@
 """Which cells form micro-batch j of a step, and which rank runs it. Cells know nothing of ranks.
 
-What is computed together (packing, batch statistics, dropout keyed by (seed, step, j)) is therefore the same on any world
-size. Cells are sorted by tokens and dealt out like cards, to and fro: micro-batches of equal cells whose token counts
-differ by less than the longest and the shortest cell do.
+What is computed together (packing, batch statistics, dropout keyed by (seed, step, j)) is therefore the same on any
+world size. Cells are sorted by tokens and dealt out like cards, to and fro: micro-batches of equally many cells, whose
+token counts differ by no more than the longest and the shortest cell do.
 """
 import numpy as np
 from numpy.typing import NDArray

@@ -1,13 +1,12 @@
 """Value binning: the quantile bins of one whole cell, as upstream's `binning` defines them.
 
-Edges e_0 .. e_{B-2} are the quantiles of the cell's values at B - 1 evenly spaced probabilities, linearly interpolated in
-float64 (`numpy.quantile`, to the bit). A value x with `below` edges < x and `upto` edges <= x gets a bin drawn evenly from
-below + 1 .. upto (tie rule "spread": upstream's main), or `upto` ("highest": upstream's pretraining branches). A value
-between two edges has below == upto and gets that number. Bins are 1 .. B - 1; 0 stays the bin of zero.
+Edges e_0 .. e_{B-2} are the quantiles of the cell's values at B - 1 evenly spaced probabilities, linearly interpolated
+in float64 (`numpy.quantile`, to the bit). A value x with `below` edges < x and `upto` edges <= x gets a bin drawn
+evenly from below + 1 .. upto (tie rule "spread": upstream's main), or `upto` ("highest": upstream's pretraining
+branches). A value between two edges has below == upto and gets that number. Bins are 1 .. B - 1; 0 stays that of zero.
 
-Counts are small integers, so sorting is counting and a bin is two table look-ups: some 5 us a cell of 1,900 values, where
-`numpy.quantile` and `numpy.digitize` take 150. Values of any type are sorted as 32-bit keys that rise with the value:
-an integer itself, or the bits of a positive float32.
+Counts are small integers, so sorting is counting and a bin is two table look-ups. Values of any type are sorted as
+32-bit keys that rise with the value: an integer itself, or the bits of a positive float32.
 """
 import numpy as np
 from numba import njit
@@ -32,7 +31,7 @@ def bin_cell(expressions: NDArray[np.generic], n_bins: int, *, seed: int, epoch:
 
     `expressions`: (values,) uint16, uint32 or float32. Raises DataError unless all are finite and above 0.
     """
-    if not (np.isfinite(expressions) & (expressions > 0)).all():
+    if not (np.isfinite(expressions) & np.greater(expressions, 0)).all():
         raise DataError("only finite values above 0 have a bin", where=f"cell {cell_id}", fix="leave zeros out")
     n_values = len(expressions)
     bins = np.empty(n_values, np.float32)
@@ -51,7 +50,7 @@ def bin_cell(expressions: NDArray[np.generic], n_bins: int, *, seed: int, epoch:
 
 def sort_keys(expressions: NDArray[np.generic]) -> NDArray[np.unsignedinteger]:
     """Values > 0 as unsigned integers in the same order, a view: uint16 and uint32 are themselves."""
-    return expressions.view(np.uint32) if expressions.dtype == np.float32 else expressions
+    return expressions.view(np.uint32 if expressions.dtype == np.float32 else expressions.dtype)
 
 
 def as_values(sorted_keys: NDArray[np.uint32], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
@@ -110,10 +109,10 @@ def fill_edges(keys: NDArray[np.unsignedinteger], sorted_keys: NDArray[np.uint32
     for e in range(len(at)):
         place = (n_values - 1) * at[e]
         if place >= n_values - 1:
-            edges[e] = float(ordered[n_values - 1])
+            edges[e] = np.float64(ordered[n_values - 1])
             continue
         left = int(np.floor(place))
-        low, high = float(ordered[left]), float(ordered[left + 1])
+        low, high = np.float64(ordered[left]), np.float64(ordered[left + 1])
         part = place - left
         edges[e] = low + (high - low) * part if part < 0.5 else high - (high - low) * (1 - part)
 
@@ -141,15 +140,15 @@ def fill_tables(edges: NDArray[np.float64], integers: bool, tables: NDArray[np.u
 
 @njit(cache=True, nogil=True)
 def bin_values(expressions: NDArray[np.generic], keys: NDArray[np.unsignedinteger], chosen: NDArray[np.int32],
-               n_chosen: int, edges: NDArray[np.float64], tables: NDArray[np.uint16], table_end: int, key: int,
+               n_chosen: int, edges: NDArray[np.float64], tables: NDArray[np.uint16], table_end: int, key: np.uint64,
                spread: bool, bins: NDArray[np.float32]) -> None:  # noqa: FBT001 compiled
-    """Write the bins of the chosen values to `bins`, (n_chosen,). Draw i of stream `key` decides the ties of value i."""
+    """Write the bins of the chosen values to `bins`, (n_chosen,); draw i of stream `key` decides value i's tie."""
     for t in range(n_chosen):
         i = chosen[t]
         if keys[i] < table_end:
             upto, below = int(tables[0, keys[i]]), int(tables[1, keys[i]])
         else:
-            value = float(expressions[i])
+            value = np.float64(expressions[i])
             upto, below = 0, 0
             for e in range(len(edges)):   # a plain count: compiles to a few vector comparisons
                 upto += edges[e] <= value

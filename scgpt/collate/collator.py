@@ -1,8 +1,8 @@
 """RaggedBatch -> PackedBatch: each cell sampled, binned, masked and packed by one compiled loop over cells.
 
-Every draw is keyed by (seed, epoch, cell_id, purpose), so a cell's tokens depend on nothing else: not on its neighbours in
-the batch, the rank, the worker or the step. Bins are those of the whole cell, drawn before it is sampled, as upstream's.
-The loop releases the GIL. Its machine code is cached beside the source; the first call in a fresh clone compiles it.
+Every draw is keyed by (seed, epoch, cell_id, purpose), so a cell's tokens depend on nothing else: not on its neighbours
+in the batch, the rank, the worker or the step. Bins are those of the whole cell, not of the sample, as upstream's. The
+loop releases the GIL. Its machine code is cached beside the source; the first call in a fresh clone compiles it.
 """
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -87,8 +87,8 @@ def collate(cells: RaggedBatch, config: CollateConfig, *, cls_id: int, seed: int
                      cells.expressions.dtype != np.float32, probabilities(config.n_bins))
     epoch_of = np.ascontiguousarray(np.broadcast_to(np.asarray(epochs, np.int64), cell_ids.shape))
     sorted_keys = np.empty(int(cells.lengths.max(initial=0)), np.uint32)
-    _collate_cells(cells.genes, cells.expressions, sort_keys(cells.expressions), cells.offsets, cell_ids, epoch_of, recipe,
-                   sorted_keys, as_values(sorted_keys, cells.expressions.dtype),
+    _collate_cells(cells.genes, cells.expressions, sort_keys(cells.expressions), cells.offsets, cell_ids, epoch_of,
+                   recipe, sorted_keys, as_values(sorted_keys, cells.expressions.dtype),
                    packed.gene_ids, packed.values, packed.targets, packed.target_mask, cu_seqlens)
     return packed
 
@@ -134,7 +134,7 @@ def _collate_cells(genes: NDArray[np.unsignedinteger], expressions: NDArray[np.g
                        stream(recipe.seed, epoch, cell_id, PURPOSE_BIN_TIES), recipe.spread, bins)
         else:
             for t in range(n_chosen):
-                value = float(of_cell[chosen[t]])
+                value = np.float64(of_cell[chosen[t]])
                 bins[t] = np.log1p(value) if recipe.style == _LOG1P else value
         shown[:] = bins
         hide(stream(recipe.seed, epoch, cell_id, PURPOSE_MASK),

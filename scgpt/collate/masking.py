@@ -3,11 +3,11 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from scgpt.rng import PURPOSE_MASK_RATIO, below, stream, uniform
+from scgpt.rng import PURPOSE_MASK_RATIO, Word, below, stream, uniform
 
 
 @njit(cache=True, nogil=True)
-def draw_ratio(seed: int, epoch: int, cell_id: int, ratios: NDArray[np.float64]) -> float:
+def draw_ratio(seed: Word, epoch: Word, cell_id: Word, ratios: NDArray[np.float64]) -> float:
     """The mask ratio of a cell: one of `ratios`, evenly. (Upstream draws once a batch; packing needs no common one.)"""
     if len(ratios) == 1:
         return float(ratios[0])
@@ -15,7 +15,7 @@ def draw_ratio(seed: int, epoch: int, cell_id: int, ratios: NDArray[np.float64])
 
 
 @njit(cache=True, nogil=True)
-def hide(key: int, ratio: float, mask_value: float, values: NDArray[np.float32],
+def hide(key: np.uint64, ratio: float, mask_value: float, values: NDArray[np.float32],
          target_mask: NDArray[np.bool_]) -> None:
     """Hide each position of one cell's genes, (genes,), independently with probability `ratio`; `<cls>` is not passed.
 

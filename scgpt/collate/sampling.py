@@ -15,7 +15,7 @@ _S32 = np.uint64(32)
 
 
 @njit(cache=True, nogil=True)
-def sample(key: int, chosen: NDArray[np.int32], n_values: int, n_wanted: int) -> int:
+def sample(key: np.uint64, chosen: NDArray[np.int32], n_values: int, n_wanted: int) -> int:
     """Write min(n_values, n_wanted) ascending positions in [0, n_values) to `chosen`; returns how many.
 
     Args:
@@ -31,5 +31,5 @@ def sample(key: int, chosen: NDArray[np.int32], n_values: int, n_wanted: int) ->
         # The upper 32 bits times the values still to come, over 2**32: a whole number below that, biased by < 2**-32.
         drawn = ((bits(key, i) >> _S32) * uint64(n_values - i)) >> _S32
         chosen[n_chosen] = i
-        n_chosen += drawn < uint64(n_wanted - n_chosen)
+        n_chosen += int(drawn < uint64(n_wanted - n_chosen))
     return n_chosen

@@ -1,0 +1,145 @@
+import dataclasses
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.data import Loader
+from scgpt.collate import CollateConfig
+from scgpt.errors import ConfigError
+from tests.scgpt.collate.cells import CLS_ID, CellsInMemory, random_cells
+
+CONFIG = CollateConfig(context_length=40, mask_ratio=(0.25, 0.5))
+CELLS = CellsInMemory(random_cells(101, longest=60))
+
+
+def loader_of(rank=0, world_size=1, workers=0, micro_batch_size=2, evaluation=False, cells=CELLS, seed=3):
+    return Loader(cells, CONFIG, cls_id=CLS_ID, seed=seed, global_batch_size=48, micro_batch_size=micro_batch_size,
+                  rank=rank, world_size=world_size, workers=workers, evaluation=evaluation)
+
+
+def digests_of(batch):
+    """cell_id -> digest of all that the model sees of the cell."""
+    digests = {}
+    for cell, cell_id in enumerate(batch.cell_ids.tolist()):
+        span = slice(batch.cu_seqlens[cell], batch.cu_seqlens[cell + 1])
+        arrays = (batch.gene_ids[span], batch.values[span], batch.targets[span], batch.target_mask[span])
+        digests[cell_id] = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+    return digests
+
+
+def equal(one, other):
+    names = [field.name for field in dataclasses.fields(one)]
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in names)
+
+
+def step_of(step, world_size, **settings):
+    """Micro-batch number -> PackedBatch, gathered over all ranks."""
+    parts = [loader_of(rank, world_size, **settings).load(step) for rank in range(world_size)]
+    batches = {number: batch for part in parts for number, batch in zip(part.numbers, part.micro_batches, strict=True)}
+    assert len(batches) == sum(len(part.micro_batches) for part in parts) == parts[0].n_micro
+    return batches
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+@pytest.mark.parametrize("step", [0, 1, 2, 77])   # 101 cells, 48 a step: batch 2 straddles two epochs
+def test_a_step_has_the_same_micro_batches_on_any_world_size(step, world_size):
+    alone, spread = step_of(step, 1), step_of(step, world_size)
+    assert alone.keys() == spread.keys()
+    assert all(equal(alone[number], spread[number]) for number in alone)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 6, 16, 48])
+def test_a_step_has_the_same_cells_and_tensors_with_any_accumulation(micro_batch_size):
+    def merged(size):
+        batches = step_of(5, 1, micro_batch_size=size).values()
+        return {cell_id: digest for batch in batches for cell_id, digest in digests_of(batch).items()}
+
+    assert merged(micro_batch_size) == merged(2)
+
+
+@settings(max_examples=15, deadline=None)
+@given(world_size=st.sampled_from([1, 2, 3, 8]), workers=st.integers(0, 3), first_step=st.integers(0, 10_000),
+       data=st.data())
+def test_a_run_resumed_at_any_step_goes_on_with_the_same_batches(world_size, workers, first_step, data):
+    rank = data.draw(st.integers(0, world_size - 1))
+    with loader_of(rank, world_size, workers).batches(first_step) as steps:
+        for step in range(first_step, first_step + 3):
+            got, expected = next(steps), loader_of(rank, world_size).load(step)
+            assert (got.step, got.numbers, got.n_cells, got.n_micro) == (step, expected.numbers, 48, 24)
+            assert all(equal(one, other) for one, other in zip(got.micro_batches, expected.micro_batches, strict=True))
+
+
+def test_every_cell_comes_up_exactly_once_an_epoch_over_all_ranks():
+    cell_ids = [batch.cell_ids for rank in range(2) for step in range(101)   # 101 steps of 48 cells: 48 epochs
+                for batch in loader_of(rank, 2).load(step).micro_batches]
+    seen, times = np.unique(np.concatenate(cell_ids), return_counts=True)
+    np.testing.assert_array_equal(seen, CELLS.cells.columns["cell_id"])
+    assert set(times.tolist()) == {48}
+
+
+def test_a_cell_is_drawn_anew_in_each_epoch():
+    loader = loader_of()
+    digests = {}
+    for step in range(9):   # four epochs
+        for batch in loader.load(step).micro_batches:
+            for cell_id, digest in digests_of(batch).items():
+                digests.setdefault(cell_id, []).append(digest)
+    long_cells = CELLS.cells.columns["cell_id"][CELLS.cells.lengths > 20].tolist()
+    assert all(len(set(digests[cell_id])) == len(digests[cell_id]) >= 4 for cell_id in long_cells)
+
+
+def test_the_token_counts_of_a_step_are_balanced_after_cutting_to_the_context():
+    tokens = [batch.n_tokens for batch in loader_of(micro_batch_size=12).load(0).micro_batches]
+    lengths = np.minimum(CELLS.cells.lengths + 1, 40)
+    assert max(tokens) - min(tokens) <= lengths.max() - lengths.min()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_sees_each_cell_once_with_the_same_masks_every_time(world_size):
+    def evaluate(ranks, workers):
+        digests = {}
+        for rank in range(ranks):
+            with loader_of(rank, ranks, workers, micro_batch_size=10, evaluation=True).batches() as steps:
+                for step in steps:
+                    for batch in step.micro_batches:
+                        assert not digests.keys() & digests_of(batch).keys()
+                        digests |= digests_of(batch)
+        return digests
+
+    assert evaluate(world_size, 2) == evaluate(1, 0)
+    assert len(evaluate(world_size, 0)) == len(CELLS)
+
+
+def test_target_counts_add_up():
+    step = loader_of().load(0)
+    assert step.n_targets == sum(int(batch.target_mask.sum()) for batch in step.micro_batches) > 0
+    assert step.n_tokens == sum(len(batch.gene_ids) for batch in step.micro_batches)
+
+
+def test_sizes_that_do_not_fit_are_refused_with_one_that_does():
+    with pytest.raises(ConfigError, match=r"batch_size 48 is no multiple of .*batch_size 7 x 2 ranks.*make it 42"):
+        loader_of(0, 2, micro_batch_size=7)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_tensors_hold_the_batch(device):
+    torch = pytest.importorskip("torch")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    from pretrain.data import to_tensors
+
+    batch = loader_of(micro_batch_size=12).load(0).micro_batches[0]
+    tensors = to_tensors(batch, device)
+    for tensor, array, dtype in (
+        (tensors.inputs.gene_ids, batch.gene_ids, torch.int64), (tensors.inputs.values, batch.values, torch.float32),
+        (tensors.inputs.cu_seqlens, batch.cu_seqlens, torch.int32), (tensors.targets, batch.targets, torch.float32),
+        (tensors.target_mask, batch.target_mask, torch.bool),
+        (tensors.positions, np.flatnonzero(batch.target_mask), torch.int64),
+    ):
+        assert tensor.dtype == dtype
+        assert tensor.device.type == device
+        np.testing.assert_array_equal(tensor.cpu().numpy(), array)
+    assert tensors.inputs.max_seqlen == batch.max_seqlen

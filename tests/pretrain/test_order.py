@@ -1,0 +1,108 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.order import ROUNDS, global_batch, in_order, permute
+from scgpt.errors import DataError
+from scgpt.rng import PURPOSE_ORDER, bits, stream
+
+
+def epoch_order(n_cells, seed=0, epoch=0):
+    return permute(np.arange(n_cells), np.full(n_cells, epoch), n_cells, seed)
+
+
+def slow_permute(place, epoch, n_cells, seed):
+    """The obvious twin, in Python's integers."""
+    side_a = next(a for a in itertools.count(1) if a * a >= n_cells)
+    side_b = -(-n_cells // side_a)
+    key = np.uint64(stream(seed, epoch, 0, PURPOSE_ORDER))
+    keys = [np.uint64(bits(key, r)) for r in range(ROUNDS)]
+    while True:
+        a, b = divmod(place, side_b)
+        for r in range(0, ROUNDS, 2):
+            a = (a + int(bits(keys[r], b)) % side_a) % side_a
+            b = (b + int(bits(keys[r + 1], a)) % side_b) % side_b
+        place = a * side_b + b
+        if place < n_cells:
+            return place
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_cells=st.integers(1, 3_000), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 10**6))
+def test_every_cell_comes_up_exactly_once_an_epoch(n_cells, seed, epoch):
+    np.testing.assert_array_equal(np.sort(epoch_order(n_cells, seed, epoch)), np.arange(n_cells))
+
+
+@settings(max_examples=40, deadline=None)
+@given(n_cells=st.integers(1, 500), epoch=st.integers(0, 5))
+def test_agrees_with_the_slow_twin(n_cells, epoch):
+    order = epoch_order(n_cells, 3, epoch)
+    assert order.tolist() == [slow_permute(place, epoch, n_cells, 3) for place in range(n_cells)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(n_cells=st.integers(1, 40), size=st.integers(1, 60), n_steps=st.integers(1, 12))
+def test_global_batches_are_the_epochs_end_to_end(n_cells, size, n_steps):
+    n_epochs = -(-n_steps * size // n_cells)
+    expected = np.concatenate([epoch_order(n_cells, 9, epoch) for epoch in range(n_epochs)])[:n_steps * size]
+    steps = [global_batch(step, n_cells=n_cells, global_batch_size=size, seed=9) for step in range(n_steps)]
+    np.testing.assert_array_equal(np.concatenate([indices for indices, _ in steps]), expected)
+    np.testing.assert_array_equal(np.concatenate([epochs for _, epochs in steps]),
+                                  np.arange(n_steps * size) // n_cells)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [tuple(epoch_order(1_000, seed, epoch)) for seed in range(3) for epoch in range(3)]
+    assert len(set(orders)) == len(orders)
+
+
+def test_all_orders_of_few_cells_are_equally_likely():
+    counts = dict.fromkeys(itertools.permutations(range(4)), 0)
+    n_draws = 24_000
+    for epoch in range(n_draws):
+        counts[tuple(epoch_order(4, 1, epoch).tolist())] += 1
+    expected = n_draws / 24
+    assert sum((count - expected) ** 2 / expected for count in counts.values()) < 49.7   # 23 degrees, p = 0.001
+
+
+def test_neighbours_in_storage_do_not_stay_neighbours():
+    n_cells = 100_000
+    order = epoch_order(n_cells)
+    assert abs(np.corrcoef(np.arange(n_cells), order)[0, 1]) < 0.015   # 4.7 sigma of a random order
+    assert abs(np.abs(np.diff(order)).mean() / n_cells - 1 / 3) < 0.005   # mean distance of two uniform numbers
+    batches = order[:99_840].reshape(-1, 512) * 8 // n_cells   # cells of each eighth of the corpus in each batch
+    eighths = np.stack([(batches == eighth).sum(1) for eighth in range(8)])
+    assert eighths.var() == pytest.approx(512 / 8 * 7 / 8, rel=0.15)   # as drawn at random, neither more nor less even
+
+
+def test_any_position_of_a_trillion_cells_at_once():
+    n_cells = 10**12
+    indices, epochs = global_batch(5 * 10**9, n_cells=n_cells, global_batch_size=512, seed=0)
+    assert len(np.unique(indices)) == 512
+    assert indices.min() >= 0
+    assert indices.max() < n_cells
+    assert np.unique(epochs).tolist() == [2]
+    assert indices[0] == slow_trillion(5 * 10**9 * 512 % n_cells)
+
+
+def slow_trillion(place):
+    side = 10**6
+    key = np.uint64(stream(0, 2, 0, PURPOSE_ORDER))
+    a, b = divmod(place, side)
+    for r in range(0, ROUNDS, 2):
+        a = (a + int(bits(np.uint64(bits(key, r)), b))) % side
+        b = (b + int(bits(np.uint64(bits(key, r + 1)), a))) % side
+    return a * side + b
+
+
+def test_evaluation_goes_once_through_the_cells_in_stored_order():
+    steps = [in_order(step, n_cells=10, global_batch_size=4)[0].tolist() for step in range(4)]
+    assert steps == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], []]
+
+
+def test_a_split_without_cells_is_refused():
+    with pytest.raises(DataError, match="no cells to train on"):
+        global_batch(0, n_cells=0, global_batch_size=4, seed=0)

@@ -1,0 +1,35 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.partition import micro_batches, of_rank
+
+LENGTHS = st.lists(st.integers(1, 2_000), min_size=0, max_size=200).map(lambda lengths: np.array(lengths, np.int64))
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths=LENGTHS, size=st.integers(1, 40))
+def test_each_cell_is_in_one_micro_batch_and_tokens_are_balanced(lengths, size):
+    dealt = micro_batches(lengths, size)
+    assert len(dealt) == -(-len(lengths) // size)
+    np.testing.assert_array_equal(np.sort(np.concatenate([*dealt, np.empty(0, np.int64)])), np.arange(len(lengths)))
+    cells = [len(batch) for batch in dealt]
+    assert max(cells, default=0) <= size
+    assert max(cells, default=0) - min(cells, default=0) <= 1
+    if dealt and len(lengths) % size == 0:
+        assert set(cells) == {size}
+        tokens = [lengths[batch].sum() for batch in dealt]
+        assert max(tokens) - min(tokens) <= lengths.max() - lengths.min()
+
+
+def test_cells_are_dealt_to_and_fro_by_length():
+    dealt = micro_batches(np.array([10, 50, 20, 60, 30, 40]), 2)
+    assert [batch.tolist() for batch in dealt] == [[0, 3], [1, 2], [4, 5]]   # 60 + 10, 50 + 20, 40 + 30
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_micro_batch_is_run_by_one_rank(world_size):
+    dealt = [of_rank(10, rank, world_size) for rank in range(world_size)]
+    assert sorted(number for numbers in dealt for number in numbers) == list(range(10))
+    assert all(number % world_size == rank for rank, numbers in enumerate(dealt) for number in numbers)

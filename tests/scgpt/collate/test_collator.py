@@ -1,0 +1,170 @@
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scgpt.collate import CollateConfig, collate
+from scgpt.collate.binning import bin_cell
+from scgpt.data import RaggedBatch
+from scgpt.errors import ConfigError
+from scgpt.rng import PURPOSE_MASK, PURPOSE_MASK_RATIO, PURPOSE_SAMPLE, below, bits, uniform
+from tests.scgpt.collate.cells import CLS_ID, key_of, random_cells
+
+CONFIG = CollateConfig(context_length=128)
+
+
+def slow_cell(cells, cell, config, seed, epoch):
+    """The obvious twin of the compiled loop: one cell, plain Python."""
+    span = slice(cells.offsets[cell], cells.offsets[cell + 1])
+    genes, expressions, cell_id = cells.genes[span], cells.expressions[span], int(cells.columns["cell_id"][cell])
+    if config.input_style == "binned":
+        values = bin_cell(expressions, config.n_bins, seed=seed, epoch=epoch, cell_id=cell_id, tie_rule=config.tie_rule)
+    else:
+        values = np.log1p(expressions.astype(np.float64)) if config.input_style == "log1p" else expressions
+    wanted = config.context_length - 1
+    chosen = list(range(len(genes)))
+    if len(genes) > wanted:
+        key, chosen = key_of(seed, epoch, cell_id, PURPOSE_SAMPLE), []
+        for i in range(len(genes)):
+            if (int(bits(key, i)) >> 32) * (len(genes) - i) >> 32 < wanted - len(chosen):
+                chosen.append(i)
+    which = below(key_of(seed, epoch, cell_id, PURPOSE_MASK_RATIO), 0, len(config.mask_ratio))
+    key = key_of(seed, epoch, cell_id, PURPOSE_MASK)
+    hidden = [uniform(key, t) < config.mask_ratio[which] for t in range(len(chosen))]
+    targets = [config.cls_value, *(np.float32(values[i]) for i in chosen)]
+    shown = [config.mask_value if hide else target for target, hide in zip(targets, [False, *hidden], strict=True)]
+    return [CLS_ID, *(int(genes[i]) for i in chosen)], shown, targets, [False, *hidden]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.float32])
+@pytest.mark.parametrize("config", [
+    CONFIG, CollateConfig(64, n_bins=8, mask_ratio=(0.25, 0.5, 0.75), tie_rule="highest"),
+    CollateConfig(400, input_style="log1p", pad_value=51, mask_value=52), CollateConfig(100, input_style="raw"),
+], ids=["spread", "highest", "log1p", "raw"])
+def test_agrees_with_the_slow_twin(dtype, config):
+    cells = random_cells(20, dtype=dtype)
+    epochs = np.arange(20) % 3
+    batch = collate(cells, config, cls_id=CLS_ID, seed=5, epochs=epochs)
+    np.testing.assert_array_equal(batch.cell_ids, cells.columns["cell_id"])
+    for cell in range(len(cells)):
+        span = slice(batch.cu_seqlens[cell], batch.cu_seqlens[cell + 1])
+        gene_ids, values, targets, target_mask = slow_cell(cells, cell, config, 5, int(epochs[cell]))
+        assert batch.gene_ids[span].tolist() == gene_ids
+        np.testing.assert_array_equal(batch.values[span], np.array(values, np.float32))
+        np.testing.assert_array_equal(batch.targets[span], np.array(targets, np.float32))
+        assert batch.target_mask[span].tolist() == target_mask
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**63 - 1), n_cells=st.integers(0, 12), longest=st.integers(0, 60),
+       context_length=st.integers(2, 70))
+def test_a_packed_batch_keeps_its_invariants(seed, n_cells, longest, context_length):
+    cells = random_cells(n_cells, seed=seed, longest=longest)
+    config = CollateConfig(context_length)
+    batch = collate(cells, config, cls_id=CLS_ID, seed=seed, epochs=0)
+    lengths = np.diff(batch.cu_seqlens)
+    np.testing.assert_array_equal(lengths, np.minimum(cells.lengths + 1, context_length))
+    assert batch.max_seqlen == lengths.max(initial=0)
+    assert (batch.cu_seqlens[0], batch.cu_seqlens[-1]) == (0, batch.n_tokens)
+    opens = batch.cu_seqlens[:-1]
+    np.testing.assert_array_equal(np.flatnonzero(batch.gene_ids == CLS_ID), opens)
+    assert (batch.values[opens] == -2).all()
+    assert not batch.target_mask[opens].any()
+    np.testing.assert_array_equal(batch.values, np.where(batch.target_mask, np.float32(-1), batch.targets))
+    assert (batch.gene_ids.dtype, batch.values.dtype, batch.targets.dtype) == (np.int32, np.float32, np.float32)
+    for cell in range(n_cells):
+        kept = batch.gene_ids[opens[cell] + 1:batch.cu_seqlens[cell + 1]]
+        assert np.isin(kept, cells.genes[cells.offsets[cell]:cells.offsets[cell + 1]]).all()
+        assert (np.diff(kept) > 0).all()
+
+
+def test_a_cell_does_not_depend_on_its_neighbours():
+    cells = random_cells(30)
+    together = collate(cells, CONFIG, cls_id=CLS_ID, seed=1, epochs=2)
+    for cell in (0, 7, 29):
+        alone = collate(cells.take(np.array([cell])), CONFIG, cls_id=CLS_ID, seed=1, epochs=2)
+        span = slice(together.cu_seqlens[cell], together.cu_seqlens[cell + 1])
+        for name in ("gene_ids", "values", "targets", "target_mask"):
+            np.testing.assert_array_equal(getattr(alone, name), getattr(together, name)[span])
+
+
+def test_epoch_and_seed_change_sample_bins_and_masks():
+    cells = random_cells(30, shortest=200)
+    first = collate(cells, CONFIG, cls_id=CLS_ID, seed=1, epochs=0)
+    for other in (collate(cells, CONFIG, cls_id=CLS_ID, seed=1, epochs=1),
+                  collate(cells, CONFIG, cls_id=CLS_ID, seed=2, epochs=0)):
+        for name in ("gene_ids", "targets", "target_mask"):
+            assert (getattr(first, name) != getattr(other, name)).any()
+
+
+def test_bins_are_those_of_the_whole_cell_not_of_the_sample():
+    cells = random_cells(5, shortest=290)
+    batch = collate(cells, CollateConfig(20, tie_rule="highest"), cls_id=CLS_ID, seed=0, epochs=0)
+    for cell in range(5):
+        span = slice(cells.offsets[cell], cells.offsets[cell + 1])
+        bins = bin_cell(cells.expressions[span], 51, seed=0, epoch=0, cell_id=0, tie_rule="highest")
+        whole = dict(zip(cells.genes[span].tolist(), bins, strict=True))
+        tokens = slice(batch.cu_seqlens[cell] + 1, batch.cu_seqlens[cell + 1])
+        assert [whole[gene] for gene in batch.gene_ids[tokens].tolist()] == batch.targets[tokens].tolist()
+
+
+def test_nothing_is_hidden_without_masks():
+    cells = random_cells(10)
+    shown = collate(cells, CONFIG, cls_id=CLS_ID, seed=0, epochs=0, mask=False)
+    hidden = collate(cells, CONFIG, cls_id=CLS_ID, seed=0, epochs=0)
+    assert not shown.target_mask.any()
+    np.testing.assert_array_equal(shown.values, shown.targets)
+    np.testing.assert_array_equal(shown.targets, hidden.targets)
+
+
+def test_the_input_is_left_as_it_was():
+    cells = random_cells(10)
+    for array in (cells.genes, cells.expressions, cells.offsets):
+        array.flags.writeable = False
+    before = cells.expressions.copy()
+    collate(cells, CONFIG, cls_id=CLS_ID, seed=0, epochs=0)
+    np.testing.assert_array_equal(cells.expressions, before)
+
+
+def test_threads_give_equal_batches():
+    cells = random_cells(200)
+    expected = collate(cells, CONFIG, cls_id=CLS_ID, seed=0, epochs=0)
+    results = [None] * 4
+
+    def work(index):
+        results[index] = collate(cells, CONFIG, cls_id=CLS_ID, seed=0, epochs=0)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        np.testing.assert_array_equal(result.values, expected.values)
+        np.testing.assert_array_equal(result.targets, expected.targets)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"context_length": 1}, {"context_length": 8, "n_bins": 1}, {"context_length": 8, "mask_ratio": ()},
+    {"context_length": 8, "mask_ratio": (0.4, 1.0)}, {"context_length": 8, "tie_rule": "lowest"},
+    {"context_length": 8, "input_style": "rank"}, {"context_length": 8, "task": "mlm"}], ids=repr)
+def test_a_setting_that_makes_no_sense_is_refused_by_name(wrong):
+    with pytest.raises(ConfigError, match=f"wrong value of '{list(wrong)[-1]}'"):
+        CollateConfig(**wrong)
+
+
+def test_empty_cells_are_their_cls_alone():
+    cells = RaggedBatch(np.empty(0, np.uint16), np.empty(0, np.uint16), np.zeros(3, np.int64),
+                        {"cell_id": np.arange(2, dtype=np.uint64)})
+    batch = collate(cells, CONFIG, cls_id=CLS_ID, seed=0, epochs=0)
+    assert batch.gene_ids.tolist() == [CLS_ID, CLS_ID]
+    assert (batch.n_targets, batch.max_seqlen) == (0, 1)
+
+
+def test_importing_needs_no_torch():
+    code = "import sys, scgpt.collate; sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'deepspeed', 'wandb')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+
+from scgpt.collate.masking import draw_ratio, hide
+from scgpt.rng import PURPOSE_MASK, uniform
+from tests.scgpt.collate.cells import key_of
+
+
+def test_agrees_with_the_slow_twin():
+    values, target_mask = np.arange(1, 301, dtype=np.float32), np.empty(300, np.bool_)
+    key = key_of(0, 3, 77, PURPOSE_MASK)
+    shown = values.copy()
+    hide(key, 0.4, -1.0, shown, target_mask)
+    expected = np.array([uniform(key, t) < 0.4 for t in range(300)])
+    np.testing.assert_array_equal(target_mask, expected)
+    np.testing.assert_array_equal(shown, np.where(expected, -1, values))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.15, 0.4, 0.999])
+def test_positions_are_hidden_independently_with_the_ratio(ratio):
+    n_cells, n_genes = 2_000, 100
+    hidden = np.empty((n_cells, n_genes), np.bool_)
+    for cell in range(n_cells):
+        hide(key_of(0, 0, cell, PURPOSE_MASK), ratio, -1.0, np.ones(n_genes, np.float32), hidden[cell])
+    sigma = np.sqrt(ratio * (1 - ratio) / hidden.size)
+    assert abs(hidden.mean() - ratio) <= 4 * sigma
+    spread = hidden.sum(1).var(), n_genes * ratio * (1 - ratio)   # a fixed count a cell would have variance 0
+    assert spread[0] == pytest.approx(spread[1], rel=0.15)
+
+
+def test_each_cell_draws_one_of_the_listed_ratios_evenly():
+    ratios = np.array([0.25, 0.5, 0.75])
+    drawn = np.array([draw_ratio(0, 0, cell, ratios) for cell in range(9_000)])
+    counts = [(drawn == ratio).sum() for ratio in ratios]
+    assert sum(counts) == len(drawn)
+    assert ((np.array(counts) - 3_000) ** 2 / 3_000).sum() < 13.8   # 2 degrees of freedom, p = 0.001
+    assert draw_ratio(0, 0, 1, np.array([0.4])) == 0.4

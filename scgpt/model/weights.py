@@ -1,0 +1,143 @@
+"""Names and files of a release's tensors: flash <-> torch names, strict reading with a list of what does not fit.
+
+`model.safetensors` is written tensor by tensor, so memory is bounded by the largest; `best_model.pt` is then saved from
+the mapped file. Nothing here unpickles more than tensors.
+"""
+import json
+import pickle
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from scgpt.errors import CheckpointError
+from scgpt.files import publish
+
+Naming = Literal["flash", "torch"]
+
+# The part of a name that differs; weight and bias follow it. Newer upstream wrappers insert `_impl.`.
+_FLASH, _TORCH, _WRAPPED = "self_attn.Wqkv.", "self_attn.in_proj_", "self_attn._impl."
+_SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+                       torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+SAFETENSORS_FILE, PT_FILE = "model.safetensors", "best_model.pt"
+
+
+def rename(name: str, naming: Naming) -> str:
+    """`name` in the given naming, without the prefix `module.` and without `_impl.`; other names stay."""
+    name = name.removeprefix("module.").replace(_WRAPPED, "self_attn.")
+    return name.replace(_TORCH, _FLASH) if naming == "flash" else name.replace(_FLASH, _TORCH)
+
+
+def naming_of(names: Collection[str]) -> Naming:
+    """The naming of a set of tensor names; "flash" where no attention is among them."""
+    return "torch" if any(_TORCH in name for name in names) else "flash"
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Tensors of a `.safetensors` or `.pt` file, mapped where the format allows, names without `module.`.
+
+    Raises CheckpointError when the file is missing, torn, or holds anything but tensors.
+    """
+    fix = "give model.safetensors or best_model.pt of an scGPT release"
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"the weights cannot be read: {error.strerror or error}", where=str(path), fix=fix) from error
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"not a file of tensors: {reason}", where=str(path), fix=fix) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError("not a mapping of names to tensors", where=str(path), fix=fix)
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], *, where: str,
+               ignore: Collection[str] = ()) -> None:
+    """Load tensors of either naming into `model`, every one and no other.
+
+    Args:
+        model: gets the tensors; a model on the meta device gets them as its parameters.
+        state: name -> tensor.
+        where: file or folder, for the message.
+        ignore: prefixes of names in `state` that the model may lack, for example "flag_encoder.".
+
+    Raises CheckpointError that lists what is missing, unexpected, or of another shape.
+    """
+    target = model.state_dict()
+    naming = naming_of(target)
+    renamed = {rename(name, naming): tensor for name, tensor in state.items()}
+    given = {name: tensor for name, tensor in renamed.items()
+             if name in target or not name.startswith(tuple(ignore))}
+    faults = [f"{kind}: {_shortened(names)}" for kind, names in (
+        ("missing", sorted(set(target) - set(given))), ("unexpected", sorted(set(given) - set(target))),
+        ("of another shape", [f"{name} {tuple(given[name].shape)} for {tuple(tensor.shape)}"
+                              for name, tensor in target.items() if name in given and given[name].shape != tensor.shape]),
+    ) if names]
+    if faults:
+        raise CheckpointError(f"the weights do not fit the model ({'; '.join(faults)})", where=where,
+                              fix="build the model from the args.json and vocab.json beside the weights")
+    model.load_state_dict(given, assign=any(tensor.is_meta for tensor in target.values()))
+
+
+def _shortened(names: list[str], shown: int = 8) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def write_release_tensors(folder: Path, shapes: Mapping[str, torch.Size], read: Callable[[str], Tensor], *,
+                          naming: Naming = "flash", dtype: torch.dtype | None = None) -> None:
+    """Write `model.safetensors` and `best_model.pt` into `folder`.
+
+    Args:
+        folder: must exist.
+        shapes: name -> shape of every tensor, in the order to write.
+        read: name -> tensor; called once a name, and its result dropped after it is written.
+        naming: names in both files.
+        dtype: of floating-point tensors in the files; None keeps theirs.
+    """
+    path = folder / SAFETENSORS_FILE
+    with publish(path) as temporary:
+        write_safetensors(temporary, shapes, read, naming=naming, dtype=dtype)
+    with publish(folder / PT_FILE) as temporary:
+        torch.save(load_file(path), temporary)
+
+
+def write_safetensors(path: Path, shapes: Mapping[str, torch.Size], read: Callable[[str], Tensor], *,
+                      naming: Naming = "flash", dtype: torch.dtype | None = None) -> None:
+    """A safetensors file, written front to back while tensors come and go. Arguments as `write_release_tensors`.
+
+    The dtypes must be known before the data: the header is written last, into room left for it.
+    """
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
+    room = _header_room(shapes, naming)
+    with path.open("wb") as stream:
+        stream.seek(8 + room)
+        end = 0
+        for name, shape in shapes.items():
+            tensor = read(name)
+            if tensor.shape != shape:
+                raise CheckpointError(f"tensor '{name}' has the shape {tuple(tensor.shape)}, announced was {tuple(shape)}",
+                                      where=str(path), fix="export from a complete checkpoint")
+            tensor = tensor.detach().cpu().to(dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous()
+            data = tensor.flatten().view(torch.uint8).numpy()
+            stream.write(data)
+            header[rename(name, naming)] = {"dtype": _SAFETENSORS_DTYPES[tensor.dtype], "shape": list(shape),
+                                            "data_offsets": [end, end + data.nbytes]}
+            end += data.nbytes
+        stream.seek(0)
+        stream.write(room.to_bytes(8, "little"))
+        stream.write(json.dumps(header, separators=(",", ":")).encode().ljust(room))
+
+
+def _header_room(shapes: Mapping[str, torch.Size], naming: Naming) -> int:
+    """Bytes that any header for these tensors fits into, a multiple of 8: offsets and dtypes at their longest."""
+    longest = {rename(name, naming): {"dtype": "BF16", "shape": list(shape), "data_offsets": [10**15, 10**15]}
+               for name, shape in shapes.items()}
+    header = {"__metadata__": {"format": "pt"}, **longest}
+    return -(-len(json.dumps(header, separators=(",", ":")).encode()) // 8) * 8

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.summaries import corpus_summary, describe_corpus, describe_plan, plan_summary
 from scgpt.errors import ScgptError
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 75
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: {error}")
         return error.exit_code if isinstance(error, ScgptError) else EXIT_FAILED
     print(json.dumps(answer.value, allow_nan=False) if args.json else answer.text, flush=True)  # noqa: T201 the answer
-    return answer.exit_code
+    return int(answer.exit_code)
 
 
 def _say(line: str) -> None:
@@ -70,13 +71,12 @@ def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, r
 
 def data_plan(args: argparse.Namespace) -> Answer:
     """Print what a build would do."""
-    from data_pipeline.plan import make_plan
-
     from data_pipeline.config import CorpusConfig
+    from data_pipeline.plan import make_plan
     from scgpt.config import load_config
 
     plan = make_plan(load_config(CorpusConfig, args.config, args.overrides, kind="corpus"))
-    return Answer(plan.describe(), plan.summary())
+    return Answer(describe_plan(plan), plan_summary(plan))
 
 
 def data_build(args: argparse.Namespace) -> Answer:
@@ -160,28 +160,6 @@ def _config_class(kind: str) -> type[Any]:
         return ModelConfig
     from pretrain.config import TrainConfig
     return TrainConfig
-
-
-def corpus_summary(manifest: Any) -> dict[str, Any]:
-    """Cells in, kept and filtered by reason, cells and gene values a split, from a manifest."""
-    filtered: dict[str, int] = {}
-    for source in manifest.sources:
-        for reason, cells in source.filtered.items():
-            filtered[reason] = filtered.get(reason, 0) + cells
-    return {
-        "cells_in": sum(source.cells_in for source in manifest.sources),
-        "cells_kept": sum(sum(source.cells_written.values()) for source in manifest.sources),
-        "filtered": filtered,
-        "splits": {name: {"cells": split.cells, "tokens": split.tokens} for name, split in manifest.splits.items()},
-    }
-
-
-def describe_corpus(summary: dict[str, Any]) -> str:
-    """A summary as one sentence."""
-    splits = ", ".join(f"{name} {split['cells']:,} cells with {split['tokens']:,} gene values"
-                       for name, split in summary["splits"].items())
-    reasons = ", ".join(f"{cells:,} {reason}" for reason, cells in summary["filtered"].items()) or "none filtered"
-    return f"{summary['cells_kept']:,} of {summary['cells_in']:,} cells ({reasons}): {splits}"
 
 
 # ---- the parser ----

@@ -36,4 +36,5 @@ def principal_components(counts: sparse.csr_matrix, *, components: int = 50) -> 
     values -= values.mean(0)
     squared, rotated = np.linalg.eigh(values @ values.T)   # ascending
     scale = np.sqrt(np.maximum(squared[::-1], 0))
-    return (rotated[:, ::-1] * scale)[:, :components]
+    found: NDArray[np.float64] = rotated[:, ::-1][:, :components] * scale[:components]
+    return found

@@ -1,11 +1,15 @@
 """The two pictures of a demo: how the loss fell, and where the held-out cells lie."""
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scgpt.files import publish
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Curve = Sequence[tuple[int, float]]   # (step, loss)
 
@@ -19,8 +23,10 @@ def draw_loss(path: Path, *, train: Curve, valid: Curve, gene_mean: float, resum
         gene_mean: the validation loss of predicting each gene's mean bin.
         resumed_at: steps from which the run was continued.
     """
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")   # without pyplot: no window, no global state
+    axes = figure.subplots()
     axes.plot(*zip(*train, strict=True), color="#9db4d3", linewidth=0.8, label="training, a batch")
     axes.plot(*zip(*valid, strict=True), color="#1f4e9c", marker="o", markersize=4, label="validation")
     axes.axhline(gene_mean, color="#b2542d", linestyle="--", linewidth=1.2, label="predicting each gene's mean")
@@ -37,12 +43,14 @@ def draw_loss(path: Path, *, train: Curve, valid: Curve, gene_mean: float, resum
 def draw_embeddings(path: Path, panels: Mapping[str, NDArray[np.floating]], labels: NDArray[np.str_], *,
                     seed: int = 0) -> None:
     """One panel an embedding: t-SNE of its cells (each (cells, dimensions)), coloured by cell type, largest first."""
-    plt = _pyplot()
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
     types, sizes = np.unique(labels, return_counts=True)
     types = types[np.argsort(-sizes, kind="stable")]
-    colors = plt.get_cmap("tab20")(np.arange(len(types)) % 20)
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(5 * len(panels) + 1.6, 4.8), squeeze=False,
-                                    layout="constrained")
+    colors = colormaps["tab20"](np.arange(len(types)) % 20)
+    figure = Figure(figsize=(5 * len(panels) + 1.6, 4.8), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)
     for axes, (title, points) in zip(all_axes[0], panels.items(), strict=True):
         plane = tsne(points, seed=seed)
         for cell_type, color in zip(types, colors, strict=True):
@@ -60,18 +68,6 @@ def tsne(points: NDArray[np.floating], *, seed: int) -> NDArray[np.float64]:
     return np.asarray(TSNE(init="pca", perplexity=30, random_state=seed).fit_transform(np.asarray(points, np.float64)))
 
 
-def _pyplot():
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
+def _save(figure: "Figure", path: Path) -> None:
     with publish(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-    plt.close(figure)

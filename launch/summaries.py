@@ -1,0 +1,62 @@
+"""A plan and a corpus in words for people, and as plain values for programs."""
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data_pipeline.plan import Plan
+    from scgpt.data.manifest import Manifest
+
+
+def plan_summary(plan: "Plan") -> dict[str, Any]:
+    """What `scgpt data plan --json` answers."""
+    return {
+        "plan_sha256": plan.sha256,
+        "cells": plan.n_cells,
+        "values": plan.n_values,
+        "blocks": len(plan.blocks),
+        "worker_bytes": plan.worker_bytes,
+        "splits": {name: {"cells": split.cells, "values": split.values, "shards": split.n_shards}
+                   for name, split in plan.splits.items()},
+        "sources": [{"name": source.name, "file": str(source.path), "cells": source.n_cells, "values": source.n_values,
+                     "layer": source.layer, "genes": len(source.genes.tokens), "genes_mapped": source.genes.n_mapped,
+                     "gene_column": source.genes.column, "gene_style": source.genes.style}
+                    for source in plan.sources],
+    }
+
+
+def describe_plan(plan: "Plan") -> str:
+    """A line a source, then what would be written."""
+    width = max(len(source.name) for source in plan.sources)
+    lines = [f"{source.name:{width}}  {source.n_cells:>11,} cells  {source.n_values:>15,} values of {source.layer}  "
+             f"{source.genes.n_mapped:,} of {len(source.genes.tokens):,} genes in the vocabulary "
+             f"({source.genes.style} in {source.genes.column})" for source in plan.sources]
+    splits = ", ".join(f"{name} at most {split.cells:,} cells with {split.values:,} values in {split.n_shards} shards"
+                       for name, split in plan.splits.items())
+    total = f"{plan.n_cells:,} cells and {plan.n_values:,} values in {len(plan.blocks)} blocks of rows"
+    return "\n".join([*lines, f"{total}; {plan.worker_bytes / 1e9:.1f} GB a worker", splits])
+
+
+def corpus_summary(manifest: "Manifest") -> dict[str, Any]:
+    """Cells in, kept and filtered by reason, cells and gene values a split."""
+    filtered: dict[str, int] = {}
+    for source in manifest.sources:
+        for reason, cells in source.filtered.items():
+            filtered[reason] = filtered.get(reason, 0) + cells
+    return {
+        "cells_in": sum(source.cells_in for source in manifest.sources),
+        "cells_kept": sum(source.cells_written for source in manifest.sources),
+        "filtered": filtered,
+        "splits": {name: {"cells": split.cells, "tokens": split.tokens} for name, split in manifest.splits.items()},
+    }
+
+
+def describe_corpus(summary: dict[str, Any]) -> str:
+    """The answer of `corpus_summary` as one sentence."""
+    splits = ", ".join(f"{name} {split['cells']:,} cells with {split['tokens']:,} gene values"
+                       for name, split in summary["splits"].items())
+    return (f"{summary['cells_kept']:,} of {summary['cells_in']:,} cells kept, filtered: {describe_filtered(summary)}; "
+            f"{splits}")
+
+
+def describe_filtered(summary: dict[str, Any]) -> str:
+    """Cells by the reason that they were left out for."""
+    return ", ".join(f"{cells:,} {reason}" for reason, cells in summary["filtered"].items() if cells) or "none"

@@ -4,13 +4,17 @@ Every draw is keyed by (seed, epoch, cell_id, purpose), so a cell's tokens depen
 in the batch, the rank, the worker or the step. Bins are those of the whole cell, not of the sample, as upstream's. The
 loop releases the GIL. Its machine code is cached beside the source; the first call in a fresh clone compiles it.
 """
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from scgpt.collate import binning, masking, sampling
 from scgpt.collate.binning import TABLE, as_values, bin_values, fill_edges, fill_tables, probabilities, sort_keys
 from scgpt.collate.masking import draw_ratio, hide
 from scgpt.collate.packing import PackedBatch
@@ -108,35 +112,50 @@ class _Recipe(NamedTuple):
     at: NDArray[np.float64]            # (n_bins - 1,) probabilities of the edges
 
 
-@njit(cache=True, nogil=True)
-def _collate_cells(genes: NDArray[np.unsignedinteger], expressions: NDArray[np.generic],
-                   keys: NDArray[np.unsignedinteger], offsets: NDArray[np.int64], cell_ids: NDArray[np.uint64],
-                   epochs: NDArray[np.int64], recipe: _Recipe, sorted_keys: NDArray[np.uint32],
-                   ordered: NDArray[np.generic], gene_ids: NDArray[np.int32], values: NDArray[np.float32],
-                   targets: NDArray[np.float32], target_mask: NDArray[np.bool_], cu_seqlens: NDArray[np.int32]) -> None:
-    """Fill `gene_ids`, `values`, `targets`, `target_mask`, (tokens,) each; `sorted_keys` and `ordered` are scratch."""
-    spare, starts = np.empty_like(sorted_keys), np.empty(TABLE, np.int32)
-    edges, tables = np.empty_like(recipe.at), np.empty((2, TABLE), np.uint16)
-    chosen = np.empty(recipe.n_wanted + 1, np.int32)
-    for cell in range(len(cell_ids)):
-        epoch, cell_id = epochs[cell], cell_ids[cell]
-        begin, end, first, stop = offsets[cell], offsets[cell + 1], cu_seqlens[cell], cu_seqlens[cell + 1]
-        of_cell, shown, bins = expressions[begin:end], values[first + 1:stop], targets[first + 1:stop]
-        gene_ids[first], targets[first], values[first] = recipe.cls_id, recipe.cls_value, recipe.cls_value
-        target_mask[first] = False
-        n_chosen = sample(stream(recipe.seed, epoch, cell_id, PURPOSE_SAMPLE), chosen, end - begin, recipe.n_wanted)
-        for t in range(n_chosen):
-            gene_ids[first + 1 + t] = genes[begin + chosen[t]]
-        if recipe.style == _BINNED and n_chosen > 0:
-            fill_edges(keys[begin:end], sorted_keys, spare, starts, ordered, recipe.at, edges)
-            table_end = fill_tables(edges, recipe.integers, tables)
-            bin_values(of_cell, keys[begin:end], chosen, n_chosen, edges, tables, table_end,
-                       stream(recipe.seed, epoch, cell_id, PURPOSE_BIN_TIES), recipe.spread, bins)
-        else:
+def _compiled(sources: str) -> Callable[..., None]:
+    """The compiled loop over cells.
+
+    Numba keeps its machine code and notices a change of this file alone, but the steps that the loop calls are compiled
+    into it. What a function captures is part of the key of that cache, hence `sources`, a digest of the steps' files.
+    """
+
+    @njit(cache=True, nogil=True)
+    def collate_cells(genes: NDArray[np.unsignedinteger], expressions: NDArray[np.generic],
+                      keys: NDArray[np.unsignedinteger], offsets: NDArray[np.int64], cell_ids: NDArray[np.uint64],
+                      epochs: NDArray[np.int64], recipe: _Recipe, sorted_keys: NDArray[np.uint32],
+                      ordered: NDArray[np.generic], gene_ids: NDArray[np.int32], values: NDArray[np.float32],
+                      targets: NDArray[np.float32], target_mask: NDArray[np.bool_],
+                      cu_seqlens: NDArray[np.int32]) -> None:
+        """Fill `gene_ids`, `values`, `targets` and `target_mask`, (tokens,) each; `sorted_keys`, `ordered`: scratch."""
+        _ = sources
+        spare, starts = np.empty_like(sorted_keys), np.empty(TABLE, np.int32)
+        edges, tables = np.empty_like(recipe.at), np.empty((2, TABLE), np.uint16)
+        chosen = np.empty(recipe.n_wanted + 1, np.int32)
+        for cell in range(len(cell_ids)):
+            epoch, cell_id = epochs[cell], cell_ids[cell]
+            begin, end, first, stop = offsets[cell], offsets[cell + 1], cu_seqlens[cell], cu_seqlens[cell + 1]
+            of_cell, shown, bins = expressions[begin:end], values[first + 1:stop], targets[first + 1:stop]
+            gene_ids[first], targets[first], values[first] = recipe.cls_id, recipe.cls_value, recipe.cls_value
+            target_mask[first] = False
+            n_chosen = sample(stream(recipe.seed, epoch, cell_id, PURPOSE_SAMPLE), chosen, end - begin, recipe.n_wanted)
             for t in range(n_chosen):
-                value = np.float64(of_cell[chosen[t]])
-                bins[t] = np.log1p(value) if recipe.style == _LOG1P else value
-        shown[:] = bins
-        hide(stream(recipe.seed, epoch, cell_id, PURPOSE_MASK),
-             draw_ratio(recipe.seed, epoch, cell_id, recipe.mask_ratios), recipe.mask_value, shown,
-             target_mask[first + 1:stop])
+                gene_ids[first + 1 + t] = genes[begin + chosen[t]]
+            if recipe.style == _BINNED and n_chosen > 0:
+                fill_edges(keys[begin:end], sorted_keys, spare, starts, ordered, recipe.at, edges)
+                table_end = fill_tables(edges, recipe.integers, tables)
+                bin_values(of_cell, keys[begin:end], chosen, n_chosen, edges, tables, table_end,
+                           stream(recipe.seed, epoch, cell_id, PURPOSE_BIN_TIES), recipe.spread, bins)
+            else:
+                for t in range(n_chosen):
+                    value = np.float64(of_cell[chosen[t]])
+                    bins[t] = np.log1p(value) if recipe.style == _LOG1P else value
+            shown[:] = bins
+            hide(stream(recipe.seed, epoch, cell_id, PURPOSE_MASK),
+                 draw_ratio(recipe.seed, epoch, cell_id, recipe.mask_ratios), recipe.mask_value, shown,
+                 target_mask[first + 1:stop])
+
+    return collate_cells
+
+
+_collate_cells = _compiled(hashlib.sha256(b"".join(
+    Path(str(step.__file__)).read_bytes() for step in (sampling, binning, masking))).hexdigest())

@@ -1,12 +1,16 @@
+import os
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import scgpt
 from scgpt.collate import CollateConfig, collate
 from scgpt.collate.binning import bin_cell
 from scgpt.data import RaggedBatch
@@ -168,3 +172,26 @@ def test_empty_cells_are_their_cls_alone():
 def test_importing_needs_no_torch():
     code = "import sys, scgpt.collate; sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'deepspeed', 'wandb')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_an_edit_of_a_step_is_noticed_although_machine_code_is_cached(tmp_path):
+    package = Path(scgpt.__file__).parent
+    (tmp_path / "scgpt").mkdir()
+    for name in ("__init__.py", "errors.py", "files.py", "rng.py", "vocab.py", "config.py", "data", "collate"):
+        copy = shutil.copytree if (package / name).is_dir() else shutil.copy2
+        copy(package / name, tmp_path / "scgpt" / name)
+    code = ("import numpy as np; from scgpt.collate import CollateConfig, collate; from scgpt.data import RaggedBatch\n"
+            "cells = RaggedBatch(np.arange(5, dtype=np.uint16), np.ones(5, np.uint16), np.array([0, 5]),"
+            " {'cell_id': np.zeros(1, np.uint64)})\n"
+            "print(collate(cells, CollateConfig(9), cls_id=7, seed=0, epochs=0).gene_ids.tolist())")
+
+    def run():
+        environment = os.environ | {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+        return subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True,
+                              capture_output=True, text=True).stdout.strip()
+
+    assert run() == "[7, 0, 1, 2, 3, 4]"
+    step = tmp_path / "scgpt" / "collate" / "sampling.py"
+    step.write_text(step.read_text().replace("chosen[i] = i", "chosen[i] = 0"))
+    assert run() == "[7, 0, 0, 0, 0, 0]"

@@ -53,12 +53,12 @@ def _mean(total: SumCount) -> Tensor:
     return total[0] / total[1].clamp(min=1)
 
 
-def masked_mse_loss(input: Tensor, target: Tensor, mask: Tensor) -> Tensor:  # noqa: A002 upstream
+def masked_mse_loss(input: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error over `mask`; 0 where the mask is empty (upstream: NaN)."""
     return _mean(squared_error_sum(input, target, mask))
 
 
-def criterion_neg_log_bernoulli(input: Tensor, target: Tensor, mask: Tensor) -> Tensor:  # noqa: A002 upstream
+def criterion_neg_log_bernoulli(input: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean negative log-likelihood of (target > 0) under `input`, over `mask`; 0 where the mask is empty.
 
     float32 whatever the inputs, as upstream's float32 indicator makes it.
@@ -66,7 +66,7 @@ def criterion_neg_log_bernoulli(input: Tensor, target: Tensor, mask: Tensor) -> 
     return _mean(_masked(_bernoulli_nll(input, (target > 0).float()), mask))
 
 
-def masked_relative_error(input: Tensor, target: Tensor, mask: Tensor) -> Tensor:  # noqa: A002 upstream
+def masked_relative_error(input: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean of |input - target| / (target + 1e-6) over `mask`; 0 where the mask is empty."""
     return _mean(relative_error_sum(input, target, mask))
 

@@ -13,7 +13,7 @@ _HOME = {"TransformerModel": "model", "TransformerGenerator": "generation_model"
          "generate_square_subsequent_mask": "model", "AffineExprDecoder": "generation_model",
          "DomainSpecificBatchNorm1d": "dsbn", "DomainSpecificBatchNorm2d": "dsbn", "GradReverse": "grad_reverse"}
 
-__all__ = list(_HOME)  # noqa: PLE0605
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> object:

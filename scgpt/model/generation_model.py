@@ -97,7 +97,7 @@ class TransformerGenerator(nn.Module):
         return super().__call__(*args, **kwargs)
 
     def forward(self, src: Tensor | PackedTensors, values: Tensor | None, input_pert_flags: Tensor | None,
-                src_key_padding_mask: Tensor | None, CLS: bool = False, CCE: bool = False, MVC: bool = False,  # noqa: FBT001, FBT002, N803, ARG002 upstream
+                src_key_padding_mask: Tensor | None, CLS: bool = False, CCE: bool = False, MVC: bool = False,  # noqa: FBT001, FBT002, N803 upstream
                 ECS: bool = False, do_sample: bool = False, *,  # noqa: FBT001, FBT002, N803 upstream
                 positions: Tensor | None = None) -> dict[str, Tensor]:
         """Predictions for cells: mlm_output; cls_output with CLS, mvc_output with MVC, loss_ecs with ECS.

@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
+
 class GradReverse(Function):
     """Identity forward; the gradient is multiplied with -lambd."""
 

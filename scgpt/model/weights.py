@@ -27,8 +27,8 @@ SAFETENSORS_FILE, PT_FILE = "model.safetensors", "best_model.pt"
 
 
 def rename(name: str, naming: Naming) -> str:
-    """`name` in the given naming, without the prefix `module.` and without `_impl.`; other names stay."""
-    name = name.removeprefix("module.").replace(_WRAPPED, "self_attn.")
+    """`name` in the given naming, without `_impl.`; other names stay."""
+    name = name.replace(_WRAPPED, "self_attn.")
     return name.replace(_TORCH, _FLASH) if naming == "flash" else name.replace(_FLASH, _TORCH)
 
 

@@ -1,0 +1,173 @@
+"""The directory of a build: what may be in it, what of it is finished, and who may continue it.
+
+    DIR/.lock              held by a living build; stays, holds nothing
+    DIR/.build/plan.json   the hash of the plan, and the times of modification of its sources
+    DIR/.build/records/    one JSON file a finished task: its result, and the files it made with bytes and sha256
+    DIR/.build/runs/       the sorted cells of each block
+    DIR/.build/train/ ...  finished shards, until the commit moves them to DIR/train/ ...
+
+A record is written after the files it names. It counts when it carries the hash of the plan and its files are whole.
+"""
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.cells import SPLITS
+from data_pipeline.plan import Plan
+from scgpt import files
+from scgpt.data import Manifest
+from scgpt.data.manifest import MANIFEST, VOCAB
+from scgpt.errors import DataError, ScgptError
+
+BUILD, LOCK, RUN = ".build", ".lock", "run.json"
+_OURS = {BUILD, LOCK, RUN, MANIFEST, VOCAB, "report.html", "report.json", *SPLITS}
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BuildDir:
+    """Where a build keeps its work, for one plan."""
+
+    out: Path
+    plan_sha256: str
+
+    @property
+    def path(self) -> Path:
+        """DIR/.build."""
+        return self.out / BUILD
+
+    @property
+    def runs(self) -> Path:
+        """The folder of the runs."""
+        return self.path / "runs"
+
+    def shards(self, split: str) -> Path:
+        """The folder of a split's finished shards, before the commit."""
+        return self.path / split
+
+    def read_record(self, task: str) -> Record | None:
+        """The result of a finished task whose files are whole; None: it must be done (again)."""
+        try:
+            record = json.loads((self.path / "records" / f"{task}.json").read_bytes())
+        except (FileNotFoundError, ValueError):   # ValueError: torn by a disk that lost power
+            return None
+        if record["plan"] != self.plan_sha256 or not all(self._is_whole(**entry) for entry in record["files"]):
+            return None
+        result: Record = record["result"]
+        return result
+
+    def write_record(self, task: str, result: Record, made: list[Path]) -> Record:
+        """Say that a task is done, and which files below DIR/.build it made (they are hashed here)."""
+        entries = [{"file": path.relative_to(self.path).as_posix(), "bytes": path.stat().st_size,
+                    "sha256": files.sha256(path)} for path in made]
+        files.write_json(self.path / "records" / f"{task}.json",
+                         {"plan": self.plan_sha256, "files": entries, "result": result})
+        return result
+
+    def _is_whole(self, file: str, bytes: int, sha256: str) -> bool:
+        path = self.path / file
+        return path.is_file() and path.stat().st_size == bytes and files.sha256(path) == sha256
+
+
+@contextmanager
+def claim(out: Path, plan: Plan, *, fresh: bool) -> Iterator[BuildDir]:
+    """Take a directory for a plan: make it or continue it, locked against other builds while the block runs.
+
+    Leaves nothing behind when the block raises before any task has finished and nothing was there before.
+
+    Raises DataError when another build holds it, and when it holds anything but the work of this very plan (with
+    `fresh`, what other builds have left is removed first; never what no build has made).
+    """
+    existed = out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = ExitStack()
+        held.enter_context(files.lock(out / LOCK, holder="another build", fix="wait for it, or give another --out"))
+    except OSError as error:
+        raise DataError(f"the directory cannot be used: {error.strerror}", where=str(out),
+                        fix="give an --out that can be written") from error
+    with held:
+        build = BuildDir(out, plan.sha256)
+        _check_content(build, fresh=fresh)
+        _prepare(build, plan)
+        try:
+            yield build
+        except BaseException:
+            if not any((build.path / "records").glob("*.json")):
+                files.remove(build.path)
+                if not existed and {path.name for path in out.iterdir()} <= {LOCK}:
+                    files.remove(out)
+            raise
+
+
+def finished(build: BuildDir) -> Manifest | None:
+    """The manifest when the corpus of this plan is complete; what an interrupted commit has left is tidied."""
+    if not (build.out / MANIFEST).exists():
+        return None
+    manifest = Manifest.read(build.out)
+    files.remove(build.path)
+    return manifest
+
+
+def _check_content(build: BuildDir, *, fresh: bool) -> None:
+    found = {path.name for path in build.out.iterdir() if not path.name.startswith(files.TEMPORARY_PREFIX)}
+    if foreign := sorted(found - _OURS):
+        raise DataError(f"the directory holds something else: {', '.join(foreign[:5])}", where=str(build.out),
+                        fix="give an empty or new --out")
+    held = _plan_held(build.out)
+    if fresh:
+        files.remove(build.out / MANIFEST)   # first: from here on there is no corpus
+        for name in sorted(found & _OURS - {LOCK, MANIFEST}):
+            files.remove(build.out / name)
+    elif held is None and found - {LOCK, BUILD}:
+        raise DataError(f"the directory holds something else: {', '.join(sorted(found - {LOCK, BUILD})[:5])}",
+                        where=str(build.out), fix="give an empty or new --out, or --fresh to replace it")
+    elif held is not None and held != build.plan_sha256:
+        what = "a corpus" if MANIFEST in found else "an unfinished build"
+        raise DataError(f"the directory holds {what} of another plan (its sources, settings or package version differ)",
+                        where=str(build.out), fix="give another --out, or --fresh to replace it")
+
+
+def _plan_held(out: Path) -> str | None:
+    """The plan that a directory belongs to: of the corpus in it, else of the unfinished build."""
+    if (out / MANIFEST).exists():
+        try:
+            return Manifest.read(out).plan_sha256
+        except ScgptError as error:
+            error.fix = "give another --out, or --fresh to replace it"
+            raise
+    try:
+        return str(json.loads((out / BUILD / "plan.json").read_bytes())["plan"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def _prepare(build: BuildDir, plan: Plan) -> None:
+    """Lay out DIR/.build; take back what an interrupted commit had moved; start anew when a source was touched."""
+    if (build.out / MANIFEST).exists():
+        return
+    files.remove_temporaries(build.out)
+    content = {"plan": plan.sha256, "modified_ns": [source.modified_ns for source in plan.sources]}
+    try:
+        untouched = json.loads((build.path / "plan.json").read_bytes()) == content
+    except (FileNotFoundError, ValueError):
+        untouched = False
+    if not untouched:
+        files.remove(build.path)
+        for name in (VOCAB, RUN, *SPLITS):
+            files.remove(build.out / name)
+    for folder in ("records", "runs"):
+        (build.path / folder).mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        if (build.out / split).is_dir():
+            files.remove(build.shards(split))
+            (build.out / split).rename(build.shards(split))
+        build.shards(split).mkdir(exist_ok=True)
+    for folder in ("", "records", "runs", *SPLITS):
+        files.remove_temporaries(build.path / folder)
+    if not untouched:
+        files.write_json(build.path / "plan.json", content)

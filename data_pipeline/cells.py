@@ -1,0 +1,136 @@
+"""Which cells are kept, for which reason the others are not, what is known of them, and in which split they are."""
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numba import njit
+from numpy.typing import NDArray
+
+from data_pipeline.config import CellsConfig, SourceConfig, SplitsConfig
+from data_pipeline.obs_filter import ObsFilter, missing_column
+from data_pipeline.sources.base import Source
+from data_pipeline.tokenization import SUM_IN, SUM_MITO, SUM_UNMAPPED
+from scgpt import rng
+from scgpt.data.schema import RaggedBatch, cell_ids
+from scgpt.errors import ConfigError
+
+TRAIN, VALID = "train", "valid"
+SPLITS = (TRAIN, VALID)   # a cell's split is its place in here
+KEPT = -1                 # otherwise a place in REASONS
+# A cell that fails several limits counts under the first. "no_genes": none of its genes is in the vocabulary.
+REASONS = ("filter", "no_genes", "min_genes", "min_counts", "max_mito_fraction")
+
+
+@dataclass(frozen=True, slots=True)
+class ObsReader:
+    """Reads what the configuration wants to know of a source's cells."""
+
+    own_name: Mapping[str, str]        # name in the corpus -> name in this source's obs, where it has the column
+    filters: tuple[ObsFilter, ...]     # all must hold
+
+    @classmethod
+    def of(cls, source: Source, config: SourceConfig, columns: Sequence[str], cells: CellsConfig) -> "ObsReader":
+        """Find the columns in a source; ConfigError when one that was named for it, or a filter's, is not there."""
+        present = source.obs_columns()
+        for name, own in config.columns.items():
+            if own not in present:
+                raise missing_column(own, present, what=f"columns.{name}", where=str(source.path))
+        wanted = {name: config.columns.get(name, name) for name in (*columns, "donor", "dataset", *config.columns)}
+        reader = cls({name: own for name, own in wanted.items() if own in present},
+                     tuple(ObsFilter.parse(text) for text in (cells.filter, config.filter) if text is not None))
+        for wish in reader.filters:
+            for name in wish.columns:
+                if reader.own_name.get(name, name) not in present:
+                    raise missing_column(name, present, what=f"the filter '{wish.text}'", where=str(source.path))
+        return reader
+
+    def passes(self, source: Source, first: int, last: int) -> NDArray[np.bool_]:
+        """Which of rows [first, last) satisfy every filter, (cells,)."""
+        kept = np.ones(last - first, bool)
+        for wish in self.filters:
+            own = {name: self.own_name.get(name, name) for name in wish.columns}
+            obs = source.obs(sorted(set(own.values())), first, last)
+            kept &= wish.keep({name: obs[other] for name, other in own.items()}, where=str(source.path))
+        return kept
+
+    def metadata(self, source: Source, columns: Sequence[str], first: int, last: int) -> dict[str, pa.DictionaryArray]:
+        """Columns of the corpus for rows [first, last), as text; null where the source or the cell lacks the value."""
+        found = source.obs(sorted({self.own_name[name] for name in columns if name in self.own_name}), first, last)
+        return {name: as_text(found[self.own_name[name]]) if name in self.own_name
+                else pa.nulls(last - first, pa.string()).dictionary_encode() for name in columns}
+
+    def splits(self, source: Source, config: SplitsConfig, first: int, last: int) -> NDArray[np.int8]:
+        """The split of rows [first, last), (cells,): places in SPLITS."""
+        if config.by == "cell":
+            ids = cell_ids(source.name, np.arange(first, last))
+            return (_cell_draws(config.seed, ids) < config.valid).astype(np.int8)
+        groups = self.metadata(source, [config.by], first, last)[config.by]
+        return splits_of_groups(groups, source.name, config)
+
+
+def as_text(values: pa.Array) -> pa.DictionaryArray:
+    """Any column of obs as dictionary<int32, string>; numbers and truth values in Python's spelling."""
+    if isinstance(values, pa.DictionaryArray):
+        return values
+    if not pa.types.is_string(values.type):
+        unique = values.dictionary_encode()
+        words = [None if word is None else str(word) for word in unique.dictionary.to_pylist()]
+        return pa.DictionaryArray.from_arrays(unique.indices, pa.array(words, pa.string()))
+    return values.dictionary_encode()
+
+
+def splits_of_groups(groups: pa.DictionaryArray, source: str, config: SplitsConfig) -> NDArray[np.int8]:
+    """The split of each cell, (cells,), drawn by its group, so that a donor is in one split whatever the source.
+
+    Args:
+        groups: the group of each cell, (cells,); a cell without one goes by its source.
+        source: name of the source.
+        config: what the groups are, the share held out, the seed.
+    """
+    names: Sequence[str] = groups.dictionary.to_pylist()
+    draws = [_group_draw(config.seed, config.by, name) for name in names] + [_group_draw(config.seed, "source", source)]
+    codes = groups.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    held_out: NDArray[np.bool_] = np.array(draws)[codes] < config.valid
+    return held_out.astype(np.int8)
+
+
+def judge(cells: RaggedBatch, passes: NDArray[np.bool_], config: CellsConfig) -> NDArray[np.int8]:
+    """KEPT, or the reason why not, of each cell of a tokenised block, (cells,).
+
+    `min_genes` and `min_counts` look at the genes of the vocabulary, the mitochondrial share at all of the source.
+    """
+    total, mito, unmapped = (np.asarray(cells.columns[name], np.float64) for name in (SUM_IN, SUM_MITO, SUM_UNMAPPED))
+    counts = total - unmapped
+    lengths = cells.lengths
+    share = np.divide(mito, total, out=np.zeros(len(cells)), where=total > 0)
+    no_limit = np.zeros(len(cells), bool)
+    fails = {"filter": ~passes, "no_genes": lengths == 0, "min_genes": lengths < config.min_genes,
+             "min_counts": no_limit if config.min_counts is None else counts < config.min_counts,
+             "max_mito_fraction": no_limit if config.max_mito_fraction is None else share > config.max_mito_fraction}
+    reasons = np.full(len(cells), KEPT, np.int8)
+    for place in reversed(range(len(REASONS))):
+        reasons[fails[REASONS[place]]] = place
+    return reasons
+
+
+def check_split_column(config: SplitsConfig, readers: Sequence[ObsReader]) -> None:
+    """Raise ConfigError when the corpus is split by a column that no source has."""
+    if config.by != "cell" and not any(config.by in reader.own_name for reader in readers):
+        raise ConfigError(f"splits.by is '{config.by}', which is a column of no source", where="splits.by",
+                          fix=f"map a column to it (columns: {{{config.by}: NAME}}), or split by cell")
+
+
+@njit(cache=True, nogil=True)
+def _cell_draws(seed: int, ids: NDArray[np.uint64]) -> NDArray[np.float64]:
+    draws = np.empty(len(ids))
+    for cell in range(len(ids)):
+        draws[cell] = rng.uniform(rng.stream(seed, 0, ids[cell], rng.PURPOSE_HOLD_OUT), 0)
+    return draws
+
+
+def _group_draw(seed: int, by: str, name: str) -> float:
+    """Uniform in [0, 1): sha256 of what the group is, so that any tool can check a split."""
+    digest = hashlib.sha256(f"{seed}\0{by}\0{name}".encode()).digest()
+    return float(int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53

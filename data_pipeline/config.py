@@ -1,0 +1,108 @@
+"""CorpusConfig: which atlases become a corpus, which of their cells and genes, in which splits and shards."""
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, NonNegativeInt, field_validator, model_validator
+
+from data_pipeline.obs_filter import ObsFilter
+from scgpt.config import Bytes, Config, ConfigPath
+from scgpt.errors import ConfigError
+from scgpt.vocab import GeneVocab
+
+
+def _parses(text: str) -> str:
+    try:
+        ObsFilter.parse(text)
+    except ConfigError as error:
+        raise ValueError(f"{error.what}; {error.fix}") from error
+    return text
+
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+FilterText = Annotated[str, AfterValidator(_parses)]   # see obs_filter
+
+
+class SourceConfig(Config):
+    """One atlas, or a glob of atlases that share these settings. A bare path stands for `{path: ...}`."""
+
+    path: ConfigPath                       # a file or a glob, relative to the configuration file
+    name: str | None = None                # of the source, part of every cell id; null: the file's stem
+    kind: Literal["auto", "h5ad"] = "auto"  # auto: by the file's suffix
+    layer: str = "auto"                    # X, raw or a layer's name; auto: X where it holds counts, else raw if that does
+    gene_column: str = "auto"              # index or a column of var; auto: the one with most genes in the vocabulary
+    columns: Mapping[str, str] = {}        # name in the corpus -> name in this source's obs
+    filter: FilterText | None = None       # an expression over obs columns that a cell must satisfy
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class GenesConfig(Config):
+    """How a source's columns become tokens."""
+
+    min_gene_overlap: Fraction = 0.3       # share of a source's genes with a token; it is refused below
+    duplicates: Literal["sum"] = "sum"     # what happens to two columns of one token
+
+
+class CellsConfig(Config):
+    """Which cells are kept; a cell that fails several limits counts under the first, in this order."""
+
+    filter: FilterText | None = None       # an expression over obs columns, for every source
+    min_genes: NonNegativeInt = 50         # expressed genes of the vocabulary
+    min_counts: float | None = None        # sum over the genes of the vocabulary; null: no limit
+    max_mito_fraction: Fraction | None = None   # mitochondrial share of all counts of the cell; null: no limit
+    expression_kind: Literal["counts", "expected_counts", "normalized", "log1p"] = "counts"   # counts must be integers
+
+
+class SplitsConfig(Config):
+    """Which cells are held out: drawn by hash, so that adding a source moves no cell."""
+
+    valid: Fraction = 0.03                 # share of cells (or donors, or datasets) in the split `valid`
+    by: Literal["cell", "donor", "dataset"] = "cell"   # what stays together; a cell without it goes by its source
+    seed: NonNegativeInt = 0
+
+
+class ShardsConfig(Config):
+    """The files of the corpus."""
+
+    form: Literal["arrow"] = "arrow"
+    max_bytes: Annotated[Bytes, Field(ge=1 << 12)] = 512 << 20   # bytes of a token file, at most
+    compression: Literal["none"] = "none"
+    shuffle: bool = True                   # a seeded permutation of all cells; false: the order of the sources
+
+
+class CorpusConfig(Config):
+    """A corpus: sources, metadata columns, genes, cells, splits, shards."""
+
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    vocab: Literal["scgpt-human"] | ConfigPath = "scgpt-human"   # the published vocabulary, or the path of a vocab.json
+    columns: Sequence[str] = ("dataset", "donor", "tissue", "cell_type", "assay")   # metadata kept where there is any
+    genes: GenesConfig = GenesConfig()
+    cells: CellsConfig = CellsConfig()
+    splits: SplitsConfig = SplitsConfig()
+    shards: ShardsConfig = ShardsConfig()
+    on_error: Literal["fail"] = "fail"     # what a source that cannot be read does to the build
+    seed: NonNegativeInt = 0               # of the shuffle
+
+    @field_validator("columns")
+    @classmethod
+    def _distinct(cls, value: Sequence[str]) -> Sequence[str]:
+        reserved = {"cell_id", "source", "source_row"}
+        wrong = sorted(reserved & set(value)) or sorted({name for name in value if value.count(name) > 1})
+        if wrong:
+            raise ValueError(f"'{wrong[0]}' is kept already, or named twice")
+        return value
+
+    def load_vocab(self) -> GeneVocab:
+        """The vocabulary that genes are mapped to; ConfigError or DataError when it cannot be read."""
+        return GeneVocab.named(str(self.vocab))
+
+    def portable(self) -> Mapping[str, Any]:
+        """The resolved configuration as plain values without a folder in it: what the plan hash and manifest hold."""
+        values = self.model_dump(mode="json")
+        for source, config in zip(values["sources"], self.sources, strict=True):
+            source["path"] = config.path.name
+        values["vocab"] = str(self.vocab).rpartition("/")[2]
+        return values

@@ -1,0 +1,89 @@
+"""The books of a build: what came in is what was written plus what was filtered, cell by cell and count by count."""
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.cells import KEPT, REASONS, SPLITS
+from data_pipeline.tokenization import SUM_IN, SUM_UNMAPPED, VALUES_IN
+from scgpt.data.schema import RaggedBatch
+from scgpt.errors import DataError
+
+_TOLERANCE = 1e-6   # relative, of sums of values that are no integers: stored as float32, added up in another order
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Cells, values and sums of some rows of one source; ledgers add up."""
+
+    cells_in: int = 0
+    cells_written: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))   # split -> cells
+    filtered: dict[str, int] = field(default_factory=dict)   # reason -> cells
+    values_in: int = 0           # non-zero values of all genes of all cells
+    values_written: int = 0      # stored values of the written cells
+    sum_in: float = 0.0          # sum over values_in
+    sum_written: float = 0.0     # sum over values_written
+    sum_filtered: float = 0.0    # of the mapped genes of filtered cells
+    sum_unmapped: float = 0.0    # of the genes without a token, in all cells
+
+    def add(self, other: "Ledger") -> None:
+        """Count the rows of another ledger too."""
+        self.cells_in += other.cells_in
+        for mine, theirs in ((self.cells_written, other.cells_written), (self.filtered, other.filtered)):
+            for key, cells in theirs.items():
+                mine[key] = mine.get(key, 0) + cells
+        self.values_in += other.values_in
+        self.values_written += other.values_written
+        self.sum_in += other.sum_in
+        self.sum_written += other.sum_written
+        self.sum_filtered += other.sum_filtered
+        self.sum_unmapped += other.sum_unmapped
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def total(ledgers: Iterable[Ledger]) -> Ledger:
+    """The sum of ledgers, in their order."""
+    result = Ledger()
+    for ledger in ledgers:
+        result.add(ledger)
+    return result
+
+
+def of_block(cells: RaggedBatch, reasons: NDArray[np.int8], splits: NDArray[np.int8], *, where: str) -> Ledger:
+    """The books of a tokenised block, (cells,) each: checked, so that no value was lost between file and batch.
+
+    Raises DataError when sums differ.
+    """
+    kept = reasons == KEPT
+    kept_values = np.repeat(kept, cells.lengths)
+    expressions = cells.expressions.astype(np.float64)
+    ledger = Ledger(
+        len(cells), {name: int((kept & (splits == place)).sum()) for place, name in enumerate(SPLITS)},
+        {name: int((reasons == place).sum()) for place, name in enumerate(REASONS) if (reasons == place).any()},
+        int(cells.columns[VALUES_IN].sum()), int(kept_values.sum()), float(cells.columns[SUM_IN].sum()),
+        float(expressions[kept_values].sum()), float(expressions[~kept_values].sum()),
+        float(cells.columns[SUM_UNMAPPED].sum()))
+    check(ledger, where=where)
+    return ledger
+
+
+def check(ledger: Ledger, *, where: str) -> None:
+    """Raise DataError unless cells in = written + filtered, and counts in = written + filtered + unmapped."""
+    cells_out = sum(ledger.cells_written.values()) + sum(ledger.filtered.values())
+    if cells_out != ledger.cells_in:
+        raise DataError(f"{ledger.cells_in} cells came in, {cells_out} are accounted for", where=where,
+                        fix="please report this: a cell was lost or doubled")
+    same(ledger.sum_in, ledger.sum_written + ledger.sum_filtered + ledger.sum_unmapped, what="counts", where=where)
+
+
+def same(expected: float, found: float, *, what: str, where: str) -> None:
+    """Raise DataError unless two sums agree: exactly where both are integers, else to float32 rounding."""
+    exact = expected == int(expected) and found == int(found)
+    if expected != found if exact else abs(expected - found) > _TOLERANCE * max(abs(expected), 1.0):
+        raise DataError(f"{what} of {expected:.17g} came in, {found:.17g} are accounted for", where=where,
+                        fix="please report this: values were lost or doubled")

@@ -1,0 +1,239 @@
+"""What a build will do, decided before any work from headers alone: sources, row blocks, shards, and the plan's hash.
+
+Nothing here depends on who works, or how many; everything that the bytes of a corpus depend on is under the hash.
+"""
+import glob
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.cells import SPLITS, ObsReader, check_split_column
+from data_pipeline.config import CorpusConfig, SourceConfig
+from data_pipeline.genes import GeneMap, map_source
+from data_pipeline.sources.base import Source, are_counts, open_source
+from data_pipeline.tokenization import refused_values
+from scgpt import __version__
+from scgpt.data.schema import FORMAT_VERSION, gene_dtype, source_hash
+from scgpt.errors import ConfigError, SourceError
+from scgpt.vocab import GeneVocab
+
+BLOCK_VALUES = 4 << 20          # stored values of a row block: some 150 MB in a worker; one cell may exceed it
+BLOCK_CELLS = 1 << 17           # and cells, where they have few values
+_EDGE_BYTES = 1 << 20           # read at either end of a file for its fingerprint
+_VALUE_BYTES = 4                # the widest expression type: what a shard is planned with
+_CELL_BYTES = 24                # cell_id, two list offsets, a share of the batch headers
+_SCAN_CELLS = 1 << 20           # cells whose obs are looked at together
+_DENSE_MARGIN = 1.25            # a dense matrix says only in its first rows how many values are zero
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePlan:
+    """One atlas of the plan."""
+
+    path: Path
+    name: str
+    config: SourceConfig
+    bytes: int
+    modified_ns: int          # in no hash: only held against the file around each read
+    edges_sha256: str         # of the first and last MiB
+    layer: str                # what `auto` chose
+    n_cells: int
+    n_values: int             # stored values; an estimate for CSC, an upper bound for dense
+    bytes_per_value: int
+    genes: GeneMap
+    obs: ObsReader
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows [first, last) of a source: what one task reads."""
+
+    number: int
+    source: int               # place in Plan.sources
+    first: int
+    last: int
+    values: int               # stored values of the rows
+    values_before: int        # stored values of the corpus before the block
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSplit:
+    """What a split can hold at most: its cells that pass the filters on obs."""
+
+    cells: int
+    values: int
+    n_shards: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that a build is about to do."""
+
+    config: CorpusConfig
+    vocab: GeneVocab
+    sources: tuple[SourcePlan, ...]
+    blocks: tuple[Block, ...]
+    splits: dict[str, PlannedSplit]   # in the order of SPLITS
+    sha256: str
+
+    @property
+    def n_cells(self) -> int:
+        """Cells of all sources."""
+        return sum(source.n_cells for source in self.sources)
+
+    @property
+    def n_values(self) -> int:
+        """Stored values of all sources."""
+        return sum(source.n_values for source in self.sources)
+
+    @property
+    def worker_bytes(self) -> int:
+        """What a worker holds at most: a block with its tokens, or a shard being merged, beside 400 MB of libraries."""
+        block = max(block.values * (2 * self.sources[block.source].bytes_per_value + 24) for block in self.blocks)
+        return 400 * 10**6 + max(block, 3 * self.config.shards.max_bytes)
+
+
+def make_plan(config: CorpusConfig) -> Plan:
+    """Open every source, choose matrices and gene columns, cut blocks and shards; writes nothing.
+
+    Raises SourceError for an atlas that cannot be used (missing, not AnnData, another species, no counts), ConfigError
+    for settings that do not fit the sources.
+    """
+    vocab = config.load_vocab()
+    sources: list[SourcePlan] = []
+    totals = np.zeros((len(SPLITS), 2))
+    for path, source_config in _expand(config.sources):
+        with open_source(path, name=source_config.name, kind=source_config.kind, layer=source_config.layer) as source:
+            planned = _plan_source(source, source_config, config, vocab)
+            totals += _split_totals(source, planned, config)
+        sources.append(planned)
+    _check_names(sources)
+    check_split_column(config.splits, [source.obs for source in sources])
+    blocks = tuple(_blocks(sources))
+    if not blocks:
+        raise SourceError("the sources hold no cells", where=", ".join(source.name for source in sources),
+                          fix="give atlases with cells in them")
+    splits = {name: _planned_split(int(cells), math.ceil(values), config, len(vocab))
+              for name, (cells, values) in zip(SPLITS, totals.tolist(), strict=True)}
+    return Plan(config, vocab, tuple(sources), blocks, splits, _hash(config, vocab, sources, blocks, splits))
+
+
+def fingerprint(path: Path) -> tuple[int, int, str]:
+    """Bytes, time of modification in ns, and sha256 over the first and last MiB of a file."""
+    try:
+        status = path.stat()
+        with path.open("rb") as stream:
+            head = stream.read(_EDGE_BYTES)
+            stream.seek(max(status.st_size - _EDGE_BYTES, 0))
+            tail = stream.read(_EDGE_BYTES)
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror}", where=str(path),
+                          fix="check the file's permissions") from error
+    return status.st_size, status.st_mtime_ns, hashlib.sha256(head + tail).hexdigest()
+
+
+def check_unchanged(source: SourcePlan) -> None:
+    """Raise SourceError when a source's size or time of modification is not what it was at planning."""
+    try:
+        status = source.path.stat()
+        same = (status.st_size, status.st_mtime_ns) == (source.bytes, source.modified_ns)
+    except OSError:
+        same = False
+    if not same:
+        raise SourceError("the file changed while the corpus was being built", where=str(source.path),
+                          fix="start the build again once nothing writes to it")
+
+
+def _expand(sources: Sequence[SourceConfig]) -> Iterator[tuple[Path, SourceConfig]]:
+    for config in sources:
+        pattern = str(config.path)
+        if config.path.exists() or not glob.has_magic(pattern):
+            yield config.path, config
+            continue
+        found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))  # noqa: PTH207 absolute
+        if not found:
+            raise SourceError("no file matches this pattern", where=pattern, fix="check the path")
+        if config.name is not None and len(found) > 1:
+            raise ConfigError(f"the name '{config.name}' is given to {len(found)} files", where=pattern,
+                              fix="leave the name out, so that each is called by its file's stem, or list the files")
+        for path in found:
+            yield path, config
+
+
+def _plan_source(source: Source, source_config: SourceConfig, config: CorpusConfig, vocab: GeneVocab) -> SourcePlan:
+    n_bytes, modified_ns, edges = fingerprint(source.path)
+    genes = map_source(source, vocab, gene_column=source_config.gene_column,
+                       min_gene_overlap=config.genes.min_gene_overlap)
+    values = source.probe()
+    if config.cells.expression_kind == "counts" and not are_counts(values):
+        raise refused_values(source, values, "not counts")
+    obs = ObsReader.of(source, source_config, config.columns, config.cells)
+    return SourcePlan(source.path, source.name, source_config, n_bytes, modified_ns, edges, source.layer,
+                      source.n_cells, int(source.value_offsets(source.n_cells, source.n_cells)[0]),
+                      source.bytes_per_value(), genes, obs)
+
+
+def _split_totals(source: Source, planned: SourcePlan, config: CorpusConfig) -> NDArray[np.float64]:
+    """Cells and stored values of a source in each split, (splits, 2), after the filters on obs."""
+    totals = np.zeros((len(SPLITS), 2))
+    share = source.stored_share()
+    for first in range(0, source.n_cells, _SCAN_CELLS):
+        last = min(first + _SCAN_CELLS, source.n_cells)
+        splits = planned.obs.splits(source, config.splits, first, last)
+        passes = planned.obs.passes(source, first, last)
+        values = np.diff(source.value_offsets(first, last)) * min(1.0, _DENSE_MARGIN * share if share < 1 else 1.0)
+        for place in range(len(SPLITS)):
+            chosen = passes & (splits == place)
+            totals[place] += chosen.sum(), values[chosen].sum()
+    return totals
+
+
+def _blocks(sources: Sequence[SourcePlan]) -> Iterator[Block]:
+    number = before = 0
+    for place, planned in enumerate(sources):
+        with open_source(planned.path, name=planned.name, kind=planned.config.kind, layer=planned.layer) as source:
+            first = 0
+            while first < source.n_cells:
+                offsets = source.value_offsets(first, min(first + BLOCK_CELLS, source.n_cells))
+                rows = max(int(np.searchsorted(offsets, offsets[0] + BLOCK_VALUES, side="right")) - 1, 1)
+                values = int(offsets[rows] - offsets[0])
+                yield Block(number, place, first, first + rows, values, before)
+                number, before, first = number + 1, before + values, first + rows
+
+
+def _planned_split(cells: int, values: int, config: CorpusConfig, n_tokens: int) -> PlannedSplit:
+    """As many shards as keep each below max_bytes, although their cells are drawn and so vary in number and length."""
+    n_bytes = values * (gene_dtype(n_tokens).itemsize + _VALUE_BYTES) + cells * _CELL_BYTES
+    shards = max(math.ceil(n_bytes / config.shards.max_bytes), 1)
+    if config.shards.shuffle and shards > 1:
+        spread = 6 / math.sqrt(max(cells / shards, 1))   # six standard deviations of a Poisson count
+        shards = math.ceil(n_bytes * (1 + min(spread, 1.0)) / config.shards.max_bytes)
+    return PlannedSplit(cells, values, shards)
+
+
+def _check_names(sources: Sequence[SourcePlan]) -> None:
+    by_hash: dict[int, SourcePlan] = {}
+    for source in sources:
+        other = by_hash.setdefault(source_hash(source.name), source)
+        if other is not source:
+            what = (f"two sources are named '{source.name}'" if other.name == source.name else
+                    f"the names '{other.name}' and '{source.name}' have one hash")
+            raise ConfigError(what, where=f"{other.path}, {source.path}", fix="give one of them another `name`")
+
+
+def _hash(config: CorpusConfig, vocab: GeneVocab, sources: Sequence[SourcePlan], blocks: Sequence[Block],
+          splits: dict[str, PlannedSplit]) -> str:
+    decided = {
+        "format_version": FORMAT_VERSION, "package": __version__, "config": config.portable(), "vocab": vocab.sha256,
+        "sources": [[source.name, source.path.name, source.bytes, source.edges_sha256, source.layer, source.n_cells,
+                     source.n_values, source.genes.column, hashlib.sha256(source.genes.tokens.tobytes()).hexdigest(),
+                     dict(source.obs.own_name)] for source in sources],
+        "blocks": [[block.source, block.first, block.last, block.values] for block in blocks],
+        "splits": {name: [split.cells, split.values, split.n_shards] for name, split in splits.items()}}
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,131 @@
+"""Where a cell goes, and how cells get there: runs sorted by shard, then one merge a shard.
+
+All cells have a place in one global order that is cut into shards. Shuffled, the order is that of 64 random bits a
+cell, keyed by (seed, cell_id): no table, no memory, the same whichever worker asks. Shard k of n holds the cells whose
+bits lie in [k / n, (k + 1) / n), so that reading shards in order is reading one shuffled corpus. Unshuffled, the order
+is that of the sources, cut by the stored values that come before. Cells filtered later only make shards smaller: a
+place is never given to another cell.
+"""
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numba import njit
+from numpy.typing import NDArray
+
+from scgpt import rng
+from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, SOURCE, SOURCE_ROW, RaggedBatch
+from scgpt.errors import DataError
+
+KEY = "key"   # uint64: the place of a cell in the global order
+
+
+@dataclass(frozen=True, slots=True)
+class RunPart:
+    """The cells of one run that go to one shard: record batch `batch` of the run's file."""
+
+    batch: int
+    split: int     # place in cells.SPLITS
+    bucket: int    # shard of the plan within the split
+    cells: int
+    values: int
+
+
+@njit(cache=True, nogil=True)
+def shuffle_keys(seed: int, cell_ids: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """64 random bits a cell, (cells,): its place in the shuffled order."""
+    keys = np.empty(len(cell_ids), np.uint64)
+    for cell in range(len(cell_ids)):
+        keys[cell] = rng.bits(rng.stream(seed, 0, cell_ids[cell], rng.PURPOSE_SHUFFLE), 0)
+    return keys
+
+
+def shuffled_buckets(keys: NDArray[np.uint64], n_shards: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The shard of each cell, (cells,): its key's place in [0, 2**64), cut into `n_shards`, (cells,), equal parts."""
+    unit = (keys >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (unit * n_shards).astype(np.int64)
+
+
+def ordered_buckets(values_before: NDArray[np.int64], n_values: int, n_shards: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The shard of each cell, (cells,), in the order of the sources: equal parts of all `n_values` stored values."""
+    unit = values_before / max(n_values, 1)
+    return np.minimum((unit * n_shards).astype(np.int64), n_shards - 1)
+
+
+def write_run(path: Path, cells: RaggedBatch, metadata: Mapping[str, pa.Array], *, splits: NDArray[np.int8],
+              buckets: NDArray[np.int64]) -> list[RunPart]:
+    """Write the cells of one block, sorted by split, shard and key, as an Arrow IPC file: a record batch a shard.
+
+    Args:
+        path: a temporary name; the caller publishes the file.
+        cells: with the columns cell_id, source_row and KEY.
+        metadata: column -> dictionary<string> array, (cells,).
+        splits, buckets: (cells,) where each goes.
+    """
+    order = np.lexsort((cells.columns[KEY], buckets, splits))
+    cells, splits, buckets = cells.take(order), splits[order], buckets[order]
+    moved = {name: column.take(pa.array(order)) for name, column in metadata.items()}
+    edges = np.flatnonzero((np.diff(splits) != 0) | (np.diff(buckets) != 0)) + 1
+    bounds = [0, *edges.tolist(), len(cells)] if len(cells) else [0]
+    offsets = pa.array(cells.offsets)
+    table = pa.table({
+        GENES: pa.LargeListArray.from_arrays(offsets, pa.array(cells.genes)),
+        EXPRESSIONS: pa.LargeListArray.from_arrays(offsets, pa.array(cells.expressions)),
+        **{name: pa.array(cells.columns[name]) for name in (CELL_ID, SOURCE_ROW, KEY)}, **moved})
+    parts: list[RunPart] = []
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        for first, last in pairwise(bounds):
+            writer.write_batch(table.slice(first, last - first).to_batches()[0])
+            parts.append(RunPart(len(parts), int(splits[first]), int(buckets[first]), last - first,
+                                 int(cells.offsets[last] - cells.offsets[first])))
+    return parts
+
+
+def merge_runs(runs: Sequence[tuple[Path, int, str]], expression_type: np.dtype[np.generic],
+               columns: Sequence[str]) -> tuple[RaggedBatch, pa.Table]:
+    """Gather one shard from the runs that hold a part of it, in the global order.
+
+    Args:
+        runs: (file, record batch, name of the source) of each part; at least one.
+        expression_type: of the corpus.
+        columns: metadata to keep.
+
+    Returns the cells, and what is known of them: cell_id, source, source_row and `columns` as dictionary<string> with
+    sorted dictionaries. Memory: twice the shard. Raises DataError when a cell comes twice.
+    """
+    batches = [pa.ipc.open_file(pa.memory_map(str(path))).get_batch(number) for path, number, _ in runs]
+    cells = RaggedBatch.concatenate([_ragged(batch, expression_type) for batch in batches])
+    order = np.lexsort((cells.columns[CELL_ID], cells.columns[KEY]))
+    ids = cells.columns[CELL_ID][order]
+    same = np.flatnonzero(ids[1:] == ids[:-1])
+    if len(same):
+        raise DataError(f"cell {ids[same[0]]} was written twice", where=str(runs[0][0]), fix="build with --fresh")
+    sources = pa.DictionaryArray.from_arrays(
+        np.repeat(np.arange(len(runs), dtype=np.int32), [batch.num_rows for batch in batches]),
+        pa.array([source for *_, source in runs], pa.string()))
+    known = {CELL_ID: pa.array(ids), SOURCE: sorted_dictionary(sources.take(pa.array(order))),
+             SOURCE_ROW: pa.array(cells.columns[SOURCE_ROW][order])}
+    for name in columns:
+        values = pa.concat_arrays([batch.column(name).cast(pa.string()) for batch in batches])
+        known[name] = sorted_dictionary(values.take(pa.array(order)))
+    return cells.take(order), pa.table(known)
+
+
+def sorted_dictionary(values: pa.Array) -> pa.DictionaryArray:
+    """Text as dictionary<int32, string>: the values that occur, sorted, so that equal columns have equal bytes."""
+    words = values.cast(pa.string())
+    categories = pa.array(sorted(words.unique().drop_null().to_pylist()), pa.string())
+    return pa.DictionaryArray.from_arrays(pc.index_in(words, categories), categories)
+
+
+def _ragged(batch: pa.RecordBatch, expression_type: np.dtype[np.generic]) -> RaggedBatch:
+    offsets = batch.column(GENES).offsets.to_numpy()
+    values = slice(offsets[0], offsets[-1])
+    return RaggedBatch(
+        batch.column(GENES).values.to_numpy()[values],
+        batch.column(EXPRESSIONS).values.to_numpy()[values].astype(expression_type), offsets - offsets[0],
+        {name: batch.column(name).to_numpy() for name in (CELL_ID, SOURCE_ROW, KEY)})

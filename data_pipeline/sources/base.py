@@ -1,0 +1,131 @@
+"""Source: what every kind of atlas offers to the pipeline, in bounded memory; `open_source` finds the right kind."""
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from scgpt.errors import SourceError
+
+INDEX = "index"                  # stands for the names of the genes (var_names), beside the columns of var
+X, RAW, AUTO = "X", "raw", "auto"
+PROBE_VALUES = 1 << 18           # stored values looked at to tell counts from other values before any work
+
+
+class Source(ABC):
+    """An open atlas: cells in rows, genes in columns. Reading is stateless; close it, or use it in a `with`."""
+
+    path: Path
+    name: str                    # part of every cell id
+    layer: str                   # the matrix in use: X, raw or the name of a layer
+    n_cells: int
+    n_genes: int
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back the file."""
+
+    @abstractmethod
+    def gene_columns(self) -> list[str]:
+        """Where gene identifiers may be found: INDEX first, then the text columns of var."""
+
+    @abstractmethod
+    def gene_names(self, column: str = INDEX) -> list[str]:
+        """The identifiers of the matrix's columns, (n_genes,), from one of `gene_columns()`."""
+
+    @abstractmethod
+    def obs_columns(self) -> list[str]:
+        """The names of what is known of the cells."""
+
+    @abstractmethod
+    def obs(self, columns: Sequence[str], first: int = 0, last: int | None = None) -> dict[str, pa.Array]:
+        """Columns of obs for rows [first, last): text (categories as dictionary arrays), numbers, booleans; nulls."""
+
+    @abstractmethod
+    def value_offsets(self, first: int, last: int) -> NDArray[np.int64]:
+        """Stored values before each of the rows first .. last, (last - first + 1,), the last row's end included.
+
+        Exact where the file says it (CSR); the average (CSC) or the most there can be (dense) where it does not.
+        """
+
+    @abstractmethod
+    def read_rows(self, first: int, last: int) -> csr_array:
+        """Rows [first, last), (last - first, n_genes), values as stored; memory is that of the rows asked for.
+
+        Raises SourceError with the row range when the file cannot be read or does not fit together.
+        """
+
+    @abstractmethod
+    def bytes_per_value(self) -> int:
+        """Bytes that a stored value and its column index take while a block is read."""
+
+    @abstractmethod
+    def stored_share(self) -> float:
+        """Share of `value_offsets` that is not zero, judged by the first rows: 1 where only values are stored."""
+
+    @abstractmethod
+    def other_matrices(self) -> list[str]:
+        """The matrices that are not in use: X, raw, names of layers."""
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def probe(self) -> NDArray[np.generic]:
+        """The stored values of the first rows, at most some PROBE_VALUES of them: enough to tell what they are."""
+        offsets = self.value_offsets(0, min(self.n_cells, 4096))
+        rows = int(np.searchsorted(offsets, offsets[0] + PROBE_VALUES, side="right")) - 1
+        return self.read_rows(0, min(max(rows, 1), self.n_cells)).data if self.n_cells else np.zeros(0)
+
+
+def open_source(path: Path | str, *, name: str | None = None, kind: str = AUTO, layer: str = AUTO) -> Source:
+    """Open an atlas; headers only.
+
+    Args:
+        path: the file.
+        name: of the source; None: the file's stem.
+        kind: `h5ad`, or `auto` to go by the suffix.
+        layer: `X`, `raw`, the name of a layer; `auto`: X where it holds counts, else raw where that does, else X.
+
+    Raises SourceError when there is no such file, or it is not what its kind says.
+    """
+    from data_pipeline.sources.anndata_files import AnnDataFile
+
+    path = Path(path)
+    if not path.exists():
+        raise SourceError("there is no such file", where=str(path), fix="check the path")
+    if kind == AUTO and path.suffix != ".h5ad":
+        raise SourceError(f"the suffix '{path.suffix}' names no kind of atlas", where=str(path),
+                          fix="give an .h5ad file, or say what it is: kind: h5ad")
+    return AnnDataFile.open(path, name=name or path.stem, layer=layer)
+
+
+def are_counts(values: NDArray[np.generic]) -> bool:
+    """Whether all values are integers of 0 or more."""
+    if values.dtype.kind in "ub":
+        return True
+    numbers = np.asarray(values, np.float64)
+    return bool((numbers >= 0).all() and (numbers == np.floor(numbers)).all())
+
+
+def describe_values(values: NDArray[np.generic]) -> str:
+    """What values that are no counts most likely are, in words."""
+    shown = values.astype(np.float64)
+    if not np.isfinite(shown).all():
+        return "NaN or infinite values"
+    if (shown < 0).any():
+        return f"negative values such as {shown.min():.4g} (scaled data?)"
+    fractional = shown[shown != np.floor(shown)]
+    if not len(fractional):
+        return "integers"
+    example = f"such as {fractional[0]:.4g}"
+    if shown.max(initial=0.0) < 30:
+        return f"log-normalised values {example}"
+    if len(fractional) < 0.5 * len(shown):
+        return f"expected counts or other fractions {example}"
+    return f"normalised values {example}"

@@ -1,0 +1,141 @@
+"""What a worker does: hash a source, tokenise a block into a run, merge a shard. Each returns its small record.
+
+Every function may be called again, at any time, by anybody: the files it publishes have the same bytes each time.
+"""
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from data_pipeline import ledger as books
+from data_pipeline.build_dir import BuildDir, Record
+from data_pipeline.cells import KEPT, SPLITS, judge
+from data_pipeline.config import CorpusConfig
+from data_pipeline.plan import Block, SourcePlan, check_unchanged
+from data_pipeline.shuffle import KEY, merge_runs, ordered_buckets, shuffle_keys, shuffled_buckets, write_run
+from data_pipeline.sources.base import open_source
+from data_pipeline.tokenization import tokenize_block
+from scgpt import files
+from scgpt.data.arrow_format import write_obs, write_shard
+from scgpt.data.manifest import ObsEntry, ShardEntry
+from scgpt.data.schema import CELL_ID, EXPRESSIONS, SOURCE, RaggedBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What all blocks of a plan need to know of the corpus."""
+
+    build: BuildDir
+    config: CorpusConfig
+    n_values: int                 # stored values of all sources
+    n_shards: tuple[int, ...]     # of each split, in the order of SPLITS
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """One shard: its place in the corpus, and the parts of runs that it is made of."""
+
+    split: str
+    number: int                              # in the corpus: part-00000, ...
+    parts: tuple[tuple[str, int, str], ...]  # (file of the run, record batch, source)
+
+
+def hash_source(layout: Layout, number: int, source: SourcePlan) -> Record:
+    """sha256 of a whole source file."""
+    check_unchanged(source)
+    digest = files.sha256(source.path)
+    check_unchanged(source)
+    return layout.build.write_record(source_task(number), {"sha256": digest}, [])
+
+
+def tokenize_to_run(layout: Layout, block: Block, source: SourcePlan) -> Record:
+    """Read a block, judge its cells, and write those that are kept as a run sorted by shard."""
+    config = layout.config
+    check_unchanged(source)
+    with open_source(source.path, name=source.name, kind=source.config.kind, layer=source.layer) as opened:
+        cells = tokenize_block(opened, source.genes, block.first, block.last,
+                               counts=config.cells.expression_kind == "counts")
+        passes = source.obs.passes(opened, block.first, block.last)
+        splits = source.obs.splits(opened, config.splits, block.first, block.last)
+        metadata = source.obs.metadata(opened, config.columns, block.first, block.last)
+        offsets = opened.value_offsets(block.first, block.last)
+    check_unchanged(source)
+    reasons = judge(cells, passes, config.cells)
+    ledger = books.of_block(cells, reasons, splits, where=f"{source.path}, rows {block.first} to {block.last}")
+    kept = np.flatnonzero(reasons == KEPT)
+    n_shards = np.array(layout.n_shards)[splits]
+    if config.shards.shuffle:
+        keys = shuffle_keys(config.seed, cells.columns[CELL_ID])
+        buckets = shuffled_buckets(keys, n_shards)
+    else:
+        keys = (np.uint64(block.source) << np.uint64(32)) + np.arange(block.first, block.last, dtype=np.uint64)
+        buckets = ordered_buckets(block.values_before + offsets[:-1] - offsets[0], layout.n_values, n_shards)
+    cells.columns[KEY] = keys
+    cells = cells.take(kept)
+    path = layout.build.runs / f"{block_task(block)}.arrow"
+    with files.publish(path) as temporary:
+        parts = write_run(temporary, cells, {name: column.take(pa.array(kept)) for name, column in metadata.items()},
+                          splits=splits[kept], buckets=buckets[kept])
+    result = {"cells": block.last - block.first, "ledger": ledger.to_json(), "parts": [asdict(part) for part in parts],
+              "integer": cells.expressions.dtype.kind == "u", "largest": float(cells.expressions.max(initial=0))}
+    return layout.build.write_record(block_task(block), result, [path])
+
+
+def merge_to_shard(layout: Layout, task: ShardTask, expression_type: str) -> Record:
+    """Gather a shard from its runs and write its two files."""
+    runs = [(layout.build.runs / file, batch, source) for file, batch, source in task.parts]
+    cells, known = merge_runs(runs, np.dtype(expression_type), layout.config.columns)
+    folder = layout.build.shards(task.split)
+    tokens, obs = folder / f"part-{task.number:05d}.arrow", folder / f"part-{task.number:05d}.obs.parquet"
+    with files.publish(tokens) as temporary:
+        batches = write_shard(temporary, cells)
+    with files.publish(obs) as temporary:
+        write_obs(temporary, known)
+    entry = ShardEntry(
+        file=f"{task.split}/{tokens.name}", cells=len(cells), tokens=len(cells.genes), bytes=tokens.stat().st_size,
+        sha256=files.sha256(tokens), batches=batches,
+        obs=ObsEntry(file=f"{task.split}/{obs.name}", bytes=obs.stat().st_size, sha256=files.sha256(obs)))
+    result = {"entry": entry.model_dump(mode="json"), "sources": _sums(cells, known.column(SOURCE))}
+    return layout.build.write_record(shard_task(task), result, [tokens, obs])
+
+
+def source_task(number: int) -> str:
+    """Name of the record of a source's sha256."""
+    return f"source-{number:05d}"
+
+
+def block_task(block: Block) -> str:
+    """Name of the record, and of the run, of a block."""
+    return f"block-{block.number:07d}"
+
+
+def shard_task(task: ShardTask) -> str:
+    """Name of the record of a shard."""
+    return f"shard-{task.split}-{task.number:05d}"
+
+
+def shard_tasks(sources: Sequence[SourcePlan], blocks: Sequence[Block], records: Sequence[Record]) -> list[ShardTask]:
+    """The shards to merge, in the order of the corpus; numbers leave out the shards that no cell is left for."""
+    parts: dict[tuple[int, int], list[tuple[str, int, str]]] = {}
+    for block, record in zip(blocks, records, strict=True):
+        for part in record["parts"]:
+            parts.setdefault((part["split"], part["bucket"]), []).append(
+                (f"{block_task(block)}.arrow", part["batch"], sources[block.source].name))
+    tasks: list[ShardTask] = []
+    for place, name in enumerate(SPLITS):
+        filled = sorted(bucket for split, bucket in parts if split == place)
+        tasks += [ShardTask(name, number, tuple(parts[place, bucket])) for number, bucket in enumerate(filled)]
+    return tasks
+
+
+def _sums(cells: RaggedBatch, sources: pa.ChunkedArray) -> dict[str, dict[str, float]]:
+    """source -> cells, values and sum of values in a shard."""
+    encoded = sources.combine_chunks()
+    codes, names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+    of_value = np.repeat(codes, cells.lengths)
+    sums = np.bincount(of_value, weights=getattr(cells, EXPRESSIONS).astype(np.float64), minlength=len(names))
+    values = np.bincount(of_value, minlength=len(names))
+    counts = np.bincount(codes, minlength=len(names))
+    return {name: {"cells": int(counts[i]), "values": int(values[i]), "sum": float(sums[i])}
+            for i, name in enumerate(names)}

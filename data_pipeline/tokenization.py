@@ -1,0 +1,134 @@
+"""One block of rows -> one RaggedBatch: columns become token ids, zeros go, genes are sorted, duplicates summed.
+
+A cell is scattered into an array with one place a token, and a bit set for each token that it has; reading the bits in
+order gives the cell sorted and free of duplicates: O(values + tokens / 64) a cell, where sorting would be
+O(values log values). What a cell was before (all its columns) stays beside it as numbers, for filters and the ledger.
+"""
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from data_pipeline.genes import GeneMap
+from data_pipeline.sources.base import RAW, Source, X, are_counts, describe_values
+from scgpt.data.schema import CELL_ID, SOURCE_ROW, RaggedBatch, cell_ids, gene_dtype, offsets_of
+from scgpt.errors import SourceError
+
+# Per cell, over all genes of the source: what came in. (cells,) int64 and float64
+VALUES_IN, SUM_IN = "values_in", "sum_in"              # non-zero values and their sum
+SUM_MITO, SUM_UNMAPPED = "sum_mito", "sum_unmapped"    # sums over mitochondrial genes and over genes without a token
+
+_DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)   # each 6-bit window occurs once: finds the place of a lone bit
+_PLACES = np.zeros(64, np.int64)
+for _place in range(64):
+    _PLACES[(((1 << _place) * int(_DE_BRUIJN)) & (2**64 - 1)) >> 58] = _place
+
+
+def tokenize_block(source: Source, gene_map: GeneMap, first: int, last: int, *, counts: bool = True) -> RaggedBatch:
+    """Rows [first, last) of a source as stored cells, unfiltered, in their order.
+
+    Args:
+        source: an open source.
+        gene_map: of the same source (`map_source`).
+        first, last: the rows.
+        counts: refuse values that are not integers.
+
+    Returns a batch whose `expressions` are uint32 where all values are integers that fit, else float32, and whose
+    columns are cell_id, source_row, VALUES_IN, SUM_IN, SUM_MITO and SUM_UNMAPPED.
+    Raises SourceError naming the row for values that are negative, NaN, infinite or (with `counts`) not integers.
+    """
+    rows = source.read_rows(first, last)
+    data = rows.data if rows.data.dtype in (np.float32, np.float64) else rows.data.astype(np.float64)
+    indptr, columns = rows.indptr.astype(np.int64), rows.indices.astype(np.int32, copy=False)
+    n_cells = last - first
+    genes = np.empty(len(data), gene_dtype(gene_map.n_tokens))
+    expressions = np.empty(len(data), np.float64)
+    lengths, values_in = np.empty(n_cells, np.int64), np.empty(n_cells, np.int64)
+    sums = np.empty((n_cells, 3))
+    fault = _tokenize(data, columns, indptr, gene_map.tokens, gene_map.mitochondrial, gene_map.n_tokens, counts,
+                      genes, expressions, lengths, values_in, sums)
+    if fault >= 0:
+        raise _bad_value(source, first, indptr, data, int(fault))
+    offsets = offsets_of(lengths)
+    genes, expressions = genes[:offsets[-1]], expressions[:offsets[-1]]
+    integer = are_counts(expressions) and expressions.max(initial=0.0) < 1 << 32
+    source_rows = np.arange(first, last, dtype=np.int64)
+    return RaggedBatch(genes, expressions.astype(np.uint32 if integer else np.float32), offsets, {
+        CELL_ID: cell_ids(source.name, source_rows), SOURCE_ROW: source_rows, VALUES_IN: values_in,
+        SUM_IN: sums[:, 0], SUM_MITO: sums[:, 1], SUM_UNMAPPED: sums[:, 2]})
+
+
+@njit(cache=True, nogil=True)
+def _tokenize(data, columns, indptr, tokens, mitochondrial, n_tokens, counts,  # type: ignore[no-untyped-def]
+              genes, expressions, lengths, values_in, sums):
+    """Fill the outputs cell by cell; returns the place of the first value that is not allowed, or -1."""
+    held = np.zeros(n_tokens, np.float64)
+    present = np.zeros((n_tokens + 63) // 64, np.uint64)
+    one = np.uint64(1)
+    end = 0
+    for cell in range(len(indptr) - 1):
+        n_values, total, mito, unmapped = 0, 0.0, 0.0, 0.0
+        for place in range(indptr[cell], indptr[cell + 1]):
+            value = np.float64(data[place])
+            if value == 0.0:
+                continue
+            if not (value > 0.0 and value < np.inf) or (counts and value != np.floor(value)):
+                return place
+            n_values += 1
+            total += value
+            column = columns[place]
+            if mitochondrial[column]:
+                mito += value
+            token = tokens[column]
+            if token < 0:
+                unmapped += value
+                continue
+            held[token] += value
+            present[token >> 6] |= one << np.uint64(token & 63)
+        start = end
+        for word in range(len(present)):
+            bits = present[word]
+            present[word] = 0
+            while bits:
+                lone = bits & (~bits + one)
+                token = word * 64 + _PLACES[(lone * _DE_BRUIJN) >> np.uint64(58)]
+                genes[end], expressions[end] = token, held[token]
+                held[token] = 0.0
+                end += 1
+                bits ^= lone
+        lengths[cell], values_in[cell] = end - start, n_values
+        sums[cell, 0], sums[cell, 1], sums[cell, 2] = total, mito, unmapped
+    return -1
+
+
+def _bad_value(source: Source, first: int, indptr: NDArray[np.int64], data: NDArray[np.generic],
+               place: int) -> SourceError:
+    row = first + int(np.searchsorted(indptr, place, side="right")) - 1
+    return refused_values(source, data[place:], f"row {row} holds {float(data[place]):.6g}")
+
+
+def refused_values(source: Source, values: NDArray[np.generic], what: str) -> SourceError:
+    """The error for a matrix that does not hold counts: what its values look like, and which other matrix does."""
+    looks = describe_values(values)
+    better = _counts_elsewhere(source)
+    if better:
+        fix = f"set layer: {better[0]}, which holds counts"
+    elif "NaN" in looks or "negative" in looks:
+        fix = "repair the file, or take it out of `sources`"
+    else:
+        fix = "give raw counts, or say what the values are (cells.expression_kind)"
+    return SourceError(f"{what}, where counts are expected: {looks}", where=f"{source.path}, {source.layer}", fix=fix)
+
+
+def _counts_elsewhere(source: Source) -> list[str]:
+    from data_pipeline.sources.base import open_source
+
+    found = []
+    for layer in sorted(source.other_matrices(), key=lambda name: (name != RAW, "count" not in name, name != X, name)):
+        try:
+            with open_source(source.path, layer=layer, kind="h5ad") as other:
+                values = other.probe()
+        except SourceError:   # a matrix that cannot be read is no better
+            continue
+        if len(values) and are_counts(values):
+            found.append(layer)
+    return found

@@ -8,6 +8,8 @@ branches). A value between two edges has below == upto and gets that number. Bin
 Counts are small integers, so sorting is counting and a bin is two table look-ups. Values of any type are sorted as
 32-bit keys that rise with the value: an integer itself, or the bits of a positive float32.
 """
+import functools
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -20,9 +22,12 @@ TABLE = 1 << DIGIT_BITS   # integers below this are sorted in one pass and binne
 _DIGIT = TABLE - 1
 
 
+@functools.cache
 def probabilities(n_bins: int) -> NDArray[np.float64]:
-    """The probabilities of the edges, (n_bins - 1,): 0 to 1, evenly spaced (upstream's linspace)."""
-    return np.linspace(0, 1, n_bins - 1)
+    """The probabilities of the edges, (n_bins - 1,): 0 to 1, evenly spaced (upstream's linspace); read-only."""
+    at = np.linspace(0, 1, n_bins - 1)
+    at.flags.writeable = False
+    return at
 
 
 def bin_cell(expressions: NDArray[np.generic], n_bins: int, *, seed: int, epoch: int, cell_id: int,
@@ -40,7 +45,7 @@ def bin_cell(expressions: NDArray[np.generic], n_bins: int, *, seed: int, epoch:
     keys, sorted_keys, spare = sort_keys(expressions), np.empty(n_values, np.uint32), np.empty(n_values, np.uint32)
     ordered = as_values(sorted_keys, expressions.dtype)
     edges, tables = np.empty(n_bins - 1), np.empty((2, TABLE), np.uint16)
-    fill_edges(keys, sorted_keys, spare, np.empty(TABLE, np.int32), ordered, probabilities(n_bins), edges)
+    fill_edges(keys, sorted_keys, spare, np.empty((4, TABLE), np.int32), ordered, probabilities(n_bins), edges)
     table_end = fill_tables(edges, expressions.dtype != np.float32, tables)
     key = np.uint64(stream(np.uint64(seed), epoch, np.uint64(cell_id), PURPOSE_BIN_TIES))
     bin_values(expressions, keys, np.arange(n_values, dtype=np.int32), n_values, edges, tables, table_end, key,
@@ -60,21 +65,46 @@ def as_values(sorted_keys: NDArray[np.uint32], dtype: np.dtype[np.generic]) -> N
 
 @njit(cache=True, nogil=True)
 def sort(keys: NDArray[np.unsignedinteger], ordered: NDArray[np.uint32], spare: NDArray[np.uint32],
-         starts: NDArray[np.int32]) -> None:
-    """Sort `keys` into `ordered`: radix sort, least digit first; digits above the largest key cost nothing.
+         counts: NDArray[np.int32]) -> None:
+    """Sort `keys` into `ordered`: small ones by counting, others by radix, least digit first.
 
     Args:
         keys: (values,) uint16 or uint32. `ordered`, `spare`: (>= values,), overwritten.
-        starts: (TABLE,), overwritten.
+        counts: (4, TABLE), overwritten.
     """
-    n_values = len(keys)
     largest = 0
-    for i in range(n_values):
+    for i in range(len(keys)):
         largest = max(largest, int(keys[i]))
+    if largest < TABLE:
+        _sort_by_counting(keys, largest, ordered, counts)
+    else:
+        _sort_by_radix(keys, largest, ordered, spare, counts[0])
+
+
+@njit(cache=True, nogil=True)
+def _sort_by_counting(keys: NDArray[np.unsignedinteger], largest: int, ordered: NDArray[np.uint32],
+                      counts: NDArray[np.int32]) -> None:
+    """Four counters for each value, taken in turn: most counts are 1, and one counter would wait for itself."""
+    counts[:, :largest + 1] = 0
+    for i in range(len(keys)):
+        counts[i & 3, keys[i]] += 1
+    end = 0
+    for value in range(largest + 1):
+        start, end = end, end + counts[0, value] + counts[1, value] + counts[2, value] + counts[3, value]
+        for i in range(start, end):
+            ordered[i] = value
+
+
+@njit(cache=True, nogil=True)
+def _sort_by_radix(keys: NDArray[np.unsignedinteger], largest: int, ordered: NDArray[np.uint32],
+                   spare: NDArray[np.uint32], starts: NDArray[np.int32]) -> None:
+    """Passes of DIGIT_BITS bits, as many as the largest key needs."""
+    n_values = len(keys)
+    for i in range(n_values):
         ordered[i] = keys[i]
     source, target = ordered, spare
     shift = 0
-    while shift == 0 or largest >> shift:
+    while largest >> shift:
         n_digits = min(_DIGIT, largest >> shift) + 1
         starts[:n_digits] = 0
         for i in range(n_values):
@@ -97,7 +127,7 @@ def sort(keys: NDArray[np.unsignedinteger], ordered: NDArray[np.uint32], spare: 
 
 @njit(cache=True, nogil=True)
 def fill_edges(keys: NDArray[np.unsignedinteger], sorted_keys: NDArray[np.uint32], spare: NDArray[np.uint32],
-               starts: NDArray[np.int32], ordered: NDArray[np.generic], at: NDArray[np.float64],
+               counts: NDArray[np.int32], ordered: NDArray[np.generic], at: NDArray[np.float64],
                edges: NDArray[np.float64]) -> None:
     """Write the quantiles of the values at the probabilities `at` to `edges`, both (n_bins - 1,) float64.
 
@@ -105,7 +135,7 @@ def fill_edges(keys: NDArray[np.unsignedinteger], sorted_keys: NDArray[np.uint32
     (`numpy.quantile`, method "linear"), so that the edges are equal to the bit. At least one value.
     """
     n_values = len(keys)
-    sort(keys, sorted_keys, spare, starts)
+    sort(keys, sorted_keys, spare, counts)
     for e in range(len(at)):
         place = (n_values - 1) * at[e]
         if place >= n_values - 1:

@@ -128,7 +128,7 @@ def _compiled(sources: str) -> Callable[..., None]:
                       cu_seqlens: NDArray[np.int32]) -> None:
         """Fill `gene_ids`, `values`, `targets` and `target_mask`, (tokens,) each; `sorted_keys`, `ordered`: scratch."""
         _ = sources
-        spare, starts = np.empty_like(sorted_keys), np.empty(TABLE, np.int32)
+        spare, counts = np.empty_like(sorted_keys), np.empty((4, TABLE), np.int32)
         edges, tables = np.empty_like(recipe.at), np.empty((2, TABLE), np.uint16)
         chosen = np.empty(recipe.n_wanted + 1, np.int32)
         for cell in range(len(cell_ids)):
@@ -141,7 +141,7 @@ def _compiled(sources: str) -> Callable[..., None]:
             for t in range(n_chosen):
                 gene_ids[first + 1 + t] = genes[begin + chosen[t]]
             if recipe.style == _BINNED and n_chosen > 0:
-                fill_edges(keys[begin:end], sorted_keys, spare, starts, ordered, recipe.at, edges)
+                fill_edges(keys[begin:end], sorted_keys, spare, counts, ordered, recipe.at, edges)
                 table_end = fill_tables(edges, recipe.integers, tables)
                 bin_values(of_cell, keys[begin:end], chosen, n_chosen, edges, tables, table_end,
                            stream(recipe.seed, epoch, cell_id, PURPOSE_BIN_TIES), recipe.spread, bins)

@@ -8,8 +8,11 @@ from hypothesis import strategies as st
 
 from pretrain.data import Loader
 from scgpt.collate import CollateConfig
+from scgpt.data import RaggedBatch, TokenDataset
 from scgpt.errors import ConfigError
 from tests.scgpt.collate.cells import CLS_ID, CellsInMemory, random_cells
+from tests.scgpt.data.cells import random_cells as corpus_cells
+from tests.scgpt.data.cells import write_corpus
 
 CONFIG = CollateConfig(context_length=40, mask_ratio=(0.25, 0.5))
 CELLS = CellsInMemory(random_cells(101, longest=60))
@@ -111,6 +114,15 @@ def test_evaluation_sees_each_cell_once_with_the_same_masks_every_time(world_siz
 
     assert evaluate(world_size, 2) == evaluate(1, 0)
     assert len(evaluate(world_size, 0)) == len(CELLS)
+
+
+def test_a_corpus_on_disk_gives_the_batches_of_the_same_cells_in_memory(tmp_path):
+    shards = [corpus_cells(list(range(1, 40)), source="a"), corpus_cells(list(range(60)), seed=1, source="b")]
+    write_corpus(tmp_path / "corpus", {"train": shards})
+    on_disk, in_memory = TokenDataset.open(tmp_path / "corpus"), CellsInMemory(RaggedBatch.concatenate(shards))
+    for step in range(3):
+        read, expected = (loader_of(cells=cells).load(step) for cells in (on_disk, in_memory))
+        assert all(equal(one, other) for one, other in zip(read.micro_batches, expected.micro_batches, strict=True))
 
 
 def test_target_counts_add_up():

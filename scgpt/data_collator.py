@@ -1,7 +1,7 @@
 """Upstream's `DataCollator`: a list of cells as tensors -> one padded batch, masked or split, for stock training loops.
 
-Draws come from torch's global generator, as upstream's. Unlike upstream it leaves the examples it is given unchanged, and
-bins into `n_bins`. Our own training packs instead: `scgpt.collate`.
+Draws come from torch's global generator, as upstream's. Unlike upstream it leaves the examples it is given unchanged,
+and bins into `n_bins`. Our own training packs instead: `scgpt.collate`.
 """
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

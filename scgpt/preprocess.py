@@ -32,12 +32,12 @@ def binning(row: "Array | Tensor", n_bins: int, *, tie_rule: str = "spread") -> 
     """Bins of a row: 0 for zero, 1 .. n_bins - 1 for the rest by quantiles of the non-zero values.
 
     Args:
-        row: (genes,); zeros (and values that are not above 0 but not zero, which are binned like the rest) may be there.
+        row: (genes,); zeros may be there, and values below 0 are binned like the rest.
         n_bins: number of bins, that of zero included; at least 2.
         tie_rule: "spread" draws the bin of a value that equals several edges; "highest" takes the highest, as
             upstream's pretraining branches.
 
-    Returns an array of the row's dtype for an array, int64 for a tensor. A row of zeros gives zeros, an empty one nothing.
+    Returns an array of the row's dtype for an array, int64 for a tensor; zeros for zeros, nothing for an empty row.
     """
     values: Array = row if isinstance(row, np.ndarray) else row.detach().cpu().numpy()
     bins = np.zeros(values.shape, np.int64)

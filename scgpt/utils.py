@@ -1,4 +1,4 @@
-"""Upstream's `scgpt.utils.load_pretrained`. For our own releases use `scgpt.model.weights.load_state`, which is strict."""
+"""Upstream's `scgpt.utils.load_pretrained`. For our own releases use the strict `scgpt.model.weights.load_state`."""
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar

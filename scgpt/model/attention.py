@@ -1,4 +1,4 @@
-"""Attention within cells, behind one function: the backend is chosen by device, dtype and dropout, or asked for by name.
+"""Attention within cells, behind one function: backends are chosen by device, dtype and dropout, or by name.
 
 Two custom operators hide everything whose shape depends on the data (lengths, padding, empty cells), so a compiled
 layer holds one opaque call and needs no new compilation for new lengths. Price: the backward cannot be differentiated
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from scgpt.errors import ConfigError
 from scgpt.model.attention_kernels import (
@@ -100,22 +101,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout | PaddedLayout,
     name = choose_backend(q, dropout_p, backend)
     seed = torch.randint(2**62, ()) if dropout_p > 0 else torch.zeros((), dtype=torch.int64)
     if isinstance(layout, PaddedLayout):
-        out, _, _ = _padded(q, k, v, layout.is_key, layout.is_generation, seed, all_queries, dropout_p, name,
-                            deterministic)
-        return out
+        return _first(_padded(q, k, v, layout.is_key, layout.is_generation, seed, all_queries, dropout_p, name,
+                              deterministic))
     keys, values = k, v
     if layout.key_index is not None:
         keys, values = k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
     own = (None, None) if layout.is_generation is None else (k, v)
-    out, _, _ = _packed(q, keys, values, *own, layout.is_generation, layout.cu_seqlens, layout.cu_keys,
-                        layout.max_seqlen, layout.max_keys, seed, dropout_p, name, deterministic)
-    return out
+    return _first(_packed(q, keys, values, *own, layout.is_generation, layout.cu_seqlens, layout.cu_keys,
+                          layout.max_seqlen, layout.max_keys, seed, dropout_p, name, deterministic))
+
+
+def _first(outputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    return outputs[0]
 
 
 @torch.library.custom_op("scgpt::packed_attention", mutates_args=())
 def _packed(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None, is_own: Tensor | None,
             cu_q: Tensor, cu_k: Tensor, max_q: Tensor, max_k: Tensor, seed: Tensor, dropout_p: float, backend: str,
-            deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
+            deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:  # noqa: FBT001 an operator has no keyword-only arguments
     cells = Segments(cu_q, cu_k, int(max_q), int(max_k))
     out, lse, rng = KERNELS[backend].forward(q, k, v, cells, dropout_p, seed)
     if own_k is not None and own_v is not None and is_own is not None:
@@ -132,7 +135,7 @@ def _(q: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
 def _packed_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None,
                      is_own: Tensor | None, out: Tensor, lse: Tensor, rng: Tensor, cu_q: Tensor, cu_k: Tensor,
                      max_q: Tensor, max_k: Tensor, seed: Tensor, dropout_p: float, backend: str,
-                     deterministic: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+                     deterministic: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: FBT001
     cells = Segments(cu_q, cu_k, int(max_q), int(max_k))
     grads = KERNELS[backend].backward(grad, Saved(q, k, v, out, lse, rng, seed), cells, dropout_p,
                                       deterministic=deterministic)
@@ -149,13 +152,12 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), own[0], own[1]
 
 
-def _save_packed(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...],
-                 output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_packed(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, own_k, own_v, is_own, cu_q, cu_k, max_q, max_k, seed, *ctx.options = inputs  # type: ignore[attr-defined]
     ctx.save_for_backward(q, k, v, own_k, own_v, is_own, *output, cu_q, cu_k, max_q, max_k, seed)  # type: ignore[arg-type]
 
 
-def _differentiate_packed(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+def _differentiate_packed(ctx: FunctionCtx, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
     grads = _packed_backward(grad, *saved, *ctx.options)  # type: ignore[attr-defined]
     own = grads[3:] if saved[3] is not None else (None, None)
@@ -166,8 +168,8 @@ _packed.register_autograd(_differentiate_packed, setup_context=_save_packed)
 
 
 @torch.library.custom_op("scgpt::padded_attention", mutates_args=())
-def _padded(q: Tensor, k: Tensor, v: Tensor, is_key: Tensor, is_own: Tensor | None, seed: Tensor, all_queries: bool,
-            dropout_p: float, backend: str, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(q: Tensor, k: Tensor, v: Tensor, is_key: Tensor, is_own: Tensor | None, seed: Tensor, all_queries: bool,  # noqa: FBT001
+            dropout_p: float, backend: str, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:  # noqa: FBT001
     rows = _Rows.of(is_key, is_own, all_queries)
     query = rows.queries(q)
     out, lse, rng = KERNELS[backend].forward(query, rows.keys(k), rows.keys(v), rows.cells, dropout_p, seed)
@@ -185,8 +187,8 @@ def _(q: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("scgpt::padded_attention_backward", mutates_args=())
 def _padded_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, is_key: Tensor, is_own: Tensor | None, out: Tensor,
-                     lse: Tensor, rng: Tensor, seed: Tensor, all_queries: bool, dropout_p: float, backend: str,
-                     deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
+                     lse: Tensor, rng: Tensor, seed: Tensor, all_queries: bool, dropout_p: float, backend: str,  # noqa: FBT001
+                     deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:  # noqa: FBT001
     rows = _Rows.of(is_key, is_own, all_queries)
     query, query_grad = rows.queries(q), rows.queries(grad)
     saved = Saved(query, rows.keys(k), rows.keys(v), rows.queries(out), rows.queries(lse), rng, seed)
@@ -207,13 +209,12 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Ten
             torch.empty_like(v, memory_format=contiguous))
 
 
-def _save_padded(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...],
-                 output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_padded(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, is_key, is_own, seed, *ctx.options = inputs  # type: ignore[attr-defined]
     ctx.save_for_backward(q, k, v, is_key, is_own, *output, seed)  # type: ignore[arg-type]
 
 
-def _differentiate_padded(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+def _differentiate_padded(ctx: FunctionCtx, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
     return *_padded_backward(grad, *saved, *ctx.options), *(None,) * 7  # type: ignore[attr-defined]
 
@@ -232,8 +233,7 @@ class _Rows(NamedTuple):
     @classmethod
     def of(cls, is_key: Tensor, is_own: Tensor | None, all_queries: bool) -> "_Rows":  # noqa: FBT001 private
         is_query = torch.ones_like(is_key) if all_queries else is_key if is_own is None else is_key | is_own
-        cells = Segments(*(_cumulative(x) for x in (is_query, is_key)),
-                         *(int(x.sum(1).max()) if x.numel() else 0 for x in (is_query, is_key)))
+        cells = Segments(_cumulative(is_query), _cumulative(is_key), _longest(is_query), _longest(is_key))
         query_index, key_index = (None if bool(x.all()) else x.flatten().nonzero().squeeze(1)
                                   for x in (is_query, is_key))
         own = None if is_own is None else _select(is_own.unsqueeze(-1), query_index).squeeze(-1)
@@ -255,6 +255,10 @@ class _Rows(NamedTuple):
 def _cumulative(is_row: Tensor) -> Tensor:
     counts = is_row.sum(1).cumsum(0).to(torch.int32)
     return torch.nn.functional.pad(counts, (1, 0))
+
+
+def _longest(is_row: Tensor) -> int:
+    return int(is_row.sum(1).max()) if is_row.numel() else 0
 
 
 def _select(x: Tensor, index: Tensor | None) -> Tensor:
@@ -280,7 +284,7 @@ def _own_kept(lse: Tensor, dropout_p: float, seed: Tensor) -> Tensor | float:
 
 
 def _own_logits(q: Tensor, own_k: Tensor, is_own: Tensor, dtype: torch.dtype) -> Tensor:
-    logits = (q.to(dtype) * own_k.to(dtype)).sum(-1) * q.shape[-1] ** -0.5
+    logits: Tensor = (q.to(dtype) * own_k.to(dtype)).sum(-1) * float(q.shape[-1] ** -0.5)
     return logits.masked_fill(~is_own.unsqueeze(-1), -torch.inf)
 
 

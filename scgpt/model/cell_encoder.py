@@ -48,7 +48,7 @@ class CellEncoder(nn.Module):
             raise ValueError("generative training needs softmax attention: use fast_transformer_backend='flash'")
 
     def _embed(self, src: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(...) ids and values -> layer input and gene embeddings, (..., d_model) each; gene alone where values is None."""
+        """(...) ids and values -> layer input and gene embeddings, (..., d_model) each; no values: gene alone."""
         genes = self.encoder(src)
         if values is None:
             return genes, genes

@@ -9,7 +9,7 @@ from scgpt.errors import ConfigError
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
-# Our key -> the key of args.json. Upstream's own keys first; the rest keeps a release complete, and upstream ignores it.
+# Our key -> the key of args.json. Upstream's own keys first; the rest keeps a release complete (upstream ignores it).
 _ARGS = {"n_layers": "nlayers", "n_heads": "nheads", "d_model": "embsize", "d_hid": "d_hid", "dropout": "dropout",
          "n_layers_cls": "n_layers_cls", "input_emb_style": "input_emb_style", "mvc": "MVC",
          "generative": "USE_GENERATIVE_TRAINING",
@@ -35,7 +35,7 @@ class ModelConfig(Config):
     n_layers_cls: PositiveInt = 3                      # layers of the class decoder
     n_cls: PositiveInt = 1                             # classes of the class decoder
     input_emb_style: Literal["continuous", "category", "scaling"] = "continuous"
-    n_input_bins: PositiveInt | None = None            # category: bins + 2; generator: bins of the encoded values, or null
+    n_input_bins: PositiveInt | None = None            # category: bins + 2; generator: bins of what is encoded, or null
     cell_emb_style: Literal["cls", "avg-pool", "w-pool"] = "cls"
     mvc: bool = True                                   # build the MVC decoder: expression predicted from the cell
     mvc_decoder_style: Literal["inner product", "inner product, detach", "concat query", "sum query"] = "inner product"
@@ -46,7 +46,7 @@ class ModelConfig(Config):
     ecs_threshold: float = 0.3                         # of the ECS loss, a cosine
     explicit_zero_prob: bool = False                   # decoders also predict the probability of a non-zero value
     pre_norm: bool = False                             # upstream's "pre" scheme, flash layers only
-    generative: bool = False                           # perception and generation tokens: the pretraining branch's model
+    generative: bool = False                           # perception and generation tokens: upstream's pretraining model
     layers: Literal["flash", "torch", "linear"] = "flash"  # names of the layers' weights; linear: linear attention
     attention_backend: str = "auto"                    # one of scgpt.model.attention.BACKENDS
     decoder_activation: str | None = None              # generator: class of torch.nn for coefficient and bias, or null
@@ -63,7 +63,8 @@ class ModelConfig(Config):
             raise ConfigError("dab, use_batch_labels and domain_spec_batchnorm need n_batch_labels",
                               fix="set it to the number of batches")
         if self.generative and (self.layers != "flash" or self.kind == "generator"):
-            raise ConfigError("generative training needs kind 'transformer' with layers 'flash'", fix="change one of them")
+            raise ConfigError("generative training needs kind 'transformer' with layers 'flash'",
+                              fix="change one of them")
         if self.pre_norm and self.layers != "flash":
             raise ConfigError("pre_norm has no effect on layers other than 'flash'", fix="set layers to 'flash'")
         return self

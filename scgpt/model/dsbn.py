@@ -26,12 +26,12 @@ class _DomainSpecificBatchNorm(nn.Module):
     def reset_running_stats(self) -> None:
         """Forget the statistics of every domain."""
         for bn in self.bns:
-            bn.reset_running_stats()
+            bn.reset_running_stats()  # type: ignore[operator]
 
     def reset_parameters(self) -> None:
         """Reset weights and statistics of every domain."""
         for bn in self.bns:
-            bn.reset_parameters()
+            bn.reset_parameters()  # type: ignore[operator]
 
     def _check_input_dim(self, x: Tensor) -> None:
         raise NotImplementedError

@@ -22,7 +22,7 @@ __all__ = ["AffineExprDecoder", "ClsDecoder", "GeneEncoder", "PositionalEncoding
 
 
 class TransformerGenerator(nn.Module):
-    """The perturbation model. Parameters, defaults and state-dict names are upstream's; ours are keyword-only, at the end.
+    """The perturbation model. Parameters, defaults and state-dict names are upstream's; ours are keyword-only.
 
     `domain_spec_batchnorm` and `CCE` have no effect, as upstream. Arguments as TransformerModel's, and:
 
@@ -56,7 +56,7 @@ class TransformerGenerator(nn.Module):
     """
 
     def __init__(self, ntoken: int, d_model: int, nhead: int, d_hid: int, nlayers: int, nlayers_cls: int, n_cls: int,
-                 vocab: Mapping[str, int] | Any, dropout: float = 0.5, pad_token: str = "<pad>", pad_value: int = 0,
+                 vocab: Mapping[str, int] | Any, dropout: float = 0.5, pad_token: str = "<pad>", pad_value: int = 0,  # noqa: S107
                  pert_pad_id: int = 2, do_mvc: bool = False, domain_spec_batchnorm: bool | str = False,  # noqa: FBT001, FBT002 upstream
                  n_input_bins: int | None = 0, cell_emb_style: str = "cls", mvc_decoder_style: str = "inner product",
                  decoder_activation: str | None = None, decoder_adaptive_bias: bool = False,  # noqa: FBT001, FBT002 upstream
@@ -178,8 +178,8 @@ class TransformerGenerator(nn.Module):
         """Expression (cells, genes) after perturbation; sets eval mode.
 
         Args:
-            batch_data: graph batch: `x` (cells x genes, 2) holds values and flags, `pert` one entry a cell, `to(device)`.
-            include_zero_gene: "all" genes, or "batch-wise": those that any cell of the batch expresses; the rest stay 0.
+            batch_data: graph batch: `x` (cells x genes, 2) values and flags, `pert` one entry a cell, `to(device)`.
+            include_zero_gene: "all" genes, or "batch-wise": those that any cell of the batch expresses, the rest 0.
             gene_ids: (genes,) vocabulary ids of the columns.
             amp: autocast on CUDA.
         """

@@ -1,4 +1,4 @@
-"""Gradient reversal for adversarial heads (Ganin, Lempitsky: Unsupervised domain adaptation by backpropagation, 2015)."""
+"""Gradient reversal for adversarial heads (Ganin, Lempitsky: Domain adaptation by backpropagation, ICML 2015)."""
 import torch
 from torch import Tensor
 from torch.autograd import Function

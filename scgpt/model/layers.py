@@ -1,7 +1,7 @@
 """Transformer layers: softmax attention under flash or torch names, post-norm or upstream's "pre", packed or padded.
 
-A layer takes (tokens, d_model) with a PackedLayout or (batch, seq, d_model) with a PaddedLayout; the layout comes as the
-keyword `layout` (or, as upstream, as `src_key_padding_mask`). Both name schemes hold the same numbers:
+A layer takes (tokens, d_model) with a PackedLayout or (batch, seq, d_model) with a PaddedLayout; the layout comes as
+the keyword `layout` (or, as upstream, as `src_key_padding_mask`). Both name schemes hold the same numbers:
 `self_attn.Wqkv.weight` is `self_attn.in_proj_weight`.
 """
 import copy
@@ -57,7 +57,7 @@ class FlashSelfAttention(nn.Module):
 
 
 class TorchSelfAttention(FlashSelfAttention):
-    """The same with the names and the initialisation of `torch.nn.MultiheadAttention`: `in_proj_weight`, `in_proj_bias`."""
+    """The same with the names and the initialisation of `torch.nn.MultiheadAttention`."""
 
     _padding_attends = True  # torch's layer lets padding look at the tokens
 
@@ -75,8 +75,8 @@ class TorchSelfAttention(FlashSelfAttention):
 class FlashTransformerEncoderLayer(nn.Module):
     """One encoder layer with upstream's flash names, on any device.
 
-    `norm_scheme="pre"` is upstream's: the input is normalised first, and the residual is added to the *normalised* input,
-    in both halves. `src_mask` is refused with ValueError.
+    `norm_scheme="pre"` is upstream's: the input is normalised first, and the residual is added to the *normalised*
+    input, in both halves. `src_mask` is refused with ValueError.
 
     Args:
         d_model: width of a token.
@@ -130,7 +130,8 @@ class FlashTransformerEncoderLayer(nn.Module):
         if self.norm_scheme == "pre":
             src = self.norm1(src)
             src = self.norm2(src + self.dropout1(self.self_attn(src, layout)))
-            return src + self.dropout2(self._feed_forward(src))
+            added: Tensor = src + self.dropout2(self._feed_forward(src))
+            return added
         src = self.norm1(src + self.dropout1(self.self_attn(src, layout)))
         normed: Tensor = self.norm2(src + self.dropout2(self._feed_forward(src)))
         return normed
@@ -153,7 +154,8 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([copy.deepcopy(layer) for _ in range(num_layers)])
 
-    def forward(self, src: Tensor, src_key_padding_mask: Tensor | None = None, *, layout: Layout | None = None) -> Tensor:
+    def forward(self, src: Tensor, src_key_padding_mask: Tensor | None = None, *,
+                layout: Layout | None = None) -> Tensor:
         """As the layers: `layout` is computed once for all of them."""
         if layout is None:
             layout = padded_layout(src, src_key_padding_mask)
@@ -172,7 +174,7 @@ def padded_layout(src: Tensor, src_key_padding_mask: Tensor | None) -> PaddedLay
 def build_encoder(d_model: int, nhead: int, d_hid: int, nlayers: int, dropout: float, *, backend: str | None,
                   norm_scheme: str, attention_dropout: float | None,
                   attention_backend: str) -> TransformerEncoder | FastTransformerEncoderWrapper:
-    """The layers of a model: `backend` "flash" or "linear", or None for torch's names (always post-norm, as upstream)."""
+    """The layers of a model: `backend` "flash" or "linear", or None for torch's names (always post-norm)."""
     if backend == "linear":
         return FastTransformerEncoderWrapper(d_model, nhead, d_hid, nlayers, dropout)
     if backend not in (None, "flash"):
@@ -184,7 +186,7 @@ def build_encoder(d_model: int, nhead: int, d_hid: int, nlayers: int, dropout: f
 
 
 def run_encoder(encoder: nn.Module, embs: Tensor, layout: Layout, packed: PackedTensors | None) -> Tensor:
-    """Send embeddings through the layers; linear attention knows padded rows only, so packed cells are padded for it."""
+    """Send embeddings through the layers; linear attention knows padded rows only, so packed cells are padded."""
     output: Tensor
     if not isinstance(encoder, FastTransformerEncoderWrapper):
         output = encoder(embs, layout=layout)

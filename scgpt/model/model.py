@@ -1,8 +1,9 @@
 """TransformerModel: embed genes and values, attend within cells, decode expression, class, MVC, domain.
 
-Input is padded, as upstream's (`src`, `values`, `src_key_padding_mask`), or one PackedTensors; both go through `forward`
-and give the same numbers for the same cells. With `use_generative_training` a cell has perception tokens (gene + value)
-and generation tokens (gene + flag): perception attends to perception, a generation token to those and to itself.
+Input is padded, as upstream's (`src`, `values`, `src_key_padding_mask`), or one PackedTensors; both go through
+`forward` and give the same numbers for the same cells. With `use_generative_training` a cell has perception tokens
+(gene + value) and generation tokens (gene + flag): perception attends to perception, a generation token to those and to
+itself.
 """
 import warnings
 from collections.abc import Callable, Mapping
@@ -66,7 +67,8 @@ class TransformerModel(CellEncoder):
         use_fast_transformer: flash names (or the linear backend) instead of torch's names.
         fast_transformer_backend: "flash" or "linear".
         pre_norm: upstream's "pre" scheme; has no effect on torch-named layers.
-        use_generative_training: the pretraining branch's model: flash names, flag embedding, no `cls_decoder` for one class.
+        use_generative_training: upstream's pretraining model: flash names, flag embedding, no `cls_decoder` for one
+            class.
         attention_dropout: of the attention probabilities; None: as `dropout`.
         attention_backend: one of `scgpt.model.attention.BACKENDS`.
     """
@@ -75,7 +77,7 @@ class TransformerModel(CellEncoder):
                  n_cls: int = 1, vocab: Mapping[str, int] | Any | None = None, dropout: float = 0.5,
                  pad_token: str = "<pad>", pad_value: int = 0, do_mvc: bool = False, do_dab: bool = False,  # noqa: FBT001, FBT002, S107 upstream
                  use_batch_labels: bool = False, num_batch_labels: int | None = None,  # noqa: FBT001, FBT002 upstream
-                 domain_spec_batchnorm: bool | str = False, input_emb_style: str = "continuous",  # noqa: FBT002 upstream
+                 domain_spec_batchnorm: bool | str = False, input_emb_style: str = "continuous",  # noqa: FBT001, FBT002 upstream
                  n_input_bins: int | None = None, cell_emb_style: str = "cls",
                  mvc_decoder_style: str = "inner product", ecs_threshold: float = 0.3,
                  explicit_zero_prob: bool = False, use_fast_transformer: bool = False,  # noqa: FBT001, FBT002 upstream
@@ -131,16 +133,17 @@ class TransformerModel(CellEncoder):
                 input_cell_emb: Tensor | None = None, positions: Tensor | None = None) -> dict[str, Tensor]:
         """Predictions and losses of a batch; what is asked for is in the result.
 
-        Padded: `src` (batch, seq) int64, `values` (batch, seq), `src_key_padding_mask` (batch, seq) bool, True = padding.
-        Result: mlm_output (batch, seq), cell_emb (batch, d_model); cls_output (batch, n_cls) with CLS; mvc_output (batch,
-        seq) with MVC; loss_ecs, loss_cce () with ECS, CCE; dab_output (batch, n_labels) where `do_dab`; mlm_zero_probs and
-        mvc_zero_probs with explicit zero probabilities.
+        Padded: `src` (batch, seq) int64, `values` (batch, seq), `src_key_padding_mask` (batch, seq) bool, True =
+        padding. Result: mlm_output (batch, seq), cell_emb (batch, d_model); cls_output (batch, n_cls) with CLS;
+        mvc_output (batch, seq) with MVC; loss_ecs, loss_cce () with ECS, CCE; dab_output (batch, n_labels) where
+        `do_dab`; mlm_zero_probs and mvc_zero_probs with explicit zero probabilities.
 
         Packed: `model(packed)`. (batch, seq) becomes (tokens,), or (positions,) where `positions` (n,) int64 chooses
-        tokens; then the decoders compute nothing else. A batch that is split into perception and generation is generative.
+        tokens; then the decoders compute nothing else. A batch that was `split` is generative.
 
         Generative, padded: `model(pcpt_genes, pcpt_values, pcpt_key_padding_mask, gen_genes, gen_key_padding_mask,
-        batch_labels, CLS, CCE, MVC, ECS, do_sample, input_cell_emb, generative_training=True)`; `gen_genes` may be None.
+        batch_labels, CLS, CCE, MVC, ECS, do_sample, input_cell_emb, generative_training=True)`; `gen_genes` may be
+        None.
         Result: pcpt_preds, gen_preds; mvc_output, zero_probs, mvc_zero_probs over [perception, generation].
         `input_cell_emb` (batch, d_model) replaces what enters the layers at each cell's first position.
         """

@@ -1,9 +1,10 @@
 """PackedTensors: the cells of a batch joined end to end, as the models and their attention take them.
 
 Cell i owns tokens [cu_seqlens[i], cu_seqlens[i + 1]); `<cls>` opens every cell, so no cell is empty. For generative
-training each cell is [perception | generation]: its first `perception` tokens have values, the rest are to be generated.
+training each cell is [perception | generation]: its first tokens have values, the rest are to be generated.
 """
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class PackedTensors:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedTensors":
         """A copy on `device` (or self's tensors, where they are there already)."""
-        moved = {field.name: value.to(device, non_blocking=non_blocking) for field in fields(self)
+        moved: dict[str, Any] = {field.name: value.to(device, non_blocking=non_blocking) for field in fields(self)
                  if isinstance(value := getattr(self, field.name), Tensor)}
         return replace(self, **moved)
 

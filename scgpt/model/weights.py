@@ -49,7 +49,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"the weights cannot be read: {error.strerror or error}", where=str(path), fix=fix) from error
+        raise CheckpointError(f"the weights cannot be read: {error.strerror or error}", where=str(path),
+                              fix=fix) from error
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"not a file of tensors: {reason}", where=str(path), fix=fix) from error
@@ -77,8 +78,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, where: str,
              if name in target or not name.startswith(tuple(ignore))}
     faults = [f"{kind}: {_shortened(names)}" for kind, names in (
         ("missing", sorted(set(target) - set(given))), ("unexpected", sorted(set(given) - set(target))),
-        ("of another shape", [f"{name} {tuple(given[name].shape)} for {tuple(tensor.shape)}"
-                              for name, tensor in target.items() if name in given and given[name].shape != tensor.shape]),
+        ("of another shape", [f"{name} {tuple(given[name].shape)} for {tuple(tensor.shape)}" for name, tensor
+                              in target.items() if name in given and given[name].shape != tensor.shape]),
     ) if names]
     if faults:
         raise CheckpointError(f"the weights do not fit the model ({'; '.join(faults)})", where=where,
@@ -122,11 +123,13 @@ def write_safetensors(path: Path, shapes: Mapping[str, torch.Size], read: Callab
         for name, shape in shapes.items():
             tensor = read(name)
             if tensor.shape != shape:
-                raise CheckpointError(f"tensor '{name}' has the shape {tuple(tensor.shape)}, announced was {tuple(shape)}",
+                raise CheckpointError(f"tensor '{name}' has the shape {tuple(tensor.shape)}, not {tuple(shape)}",
                                       where=str(path), fix="export from a complete checkpoint")
-            tensor = tensor.detach().cpu().to(dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous()
+            tensor = tensor.detach().cpu().contiguous()
+            if dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(dtype)
             data = tensor.flatten().view(torch.uint8).numpy()
-            stream.write(data)
+            stream.write(data.data)
             header[rename(name, naming)] = {"dtype": _SAFETENSORS_DTYPES[tensor.dtype], "shape": list(shape),
                                             "data_offsets": [end, end + data.nbytes]}
             end += data.nbytes

@@ -28,7 +28,7 @@ class SourceConfig(Config):
     path: ConfigPath                       # a file or a glob, relative to the configuration file
     name: str | None = None                # of the source, part of every cell id; null: the file's stem
     kind: Literal["auto", "h5ad"] = "auto"  # auto: by the file's suffix
-    layer: str = "auto"                    # X, raw or a layer's name; auto: X where it holds counts, else raw if that does
+    layer: str = "auto"                    # X, raw or a layer's name; auto: X if it holds counts, else raw if that does
     gene_column: str = "auto"              # index or a column of var; auto: the one with most genes in the vocabulary
     columns: Mapping[str, str] = {}        # name in the corpus -> name in this source's obs
     filter: FilterText | None = None       # an expression over obs columns that a cell must satisfy

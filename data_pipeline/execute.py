@@ -25,6 +25,9 @@ from data_pipeline.progress import Progress
 from data_pipeline.tasks import (
     Layout,
     block_task,
+    cut_folder,
+    cut_source,
+    cut_task,
     hash_source,
     merge_to_shard,
     shard_task,
@@ -74,7 +77,7 @@ def build(config: CorpusConfig, out: Path, *, ray_address: str | None = None, fr
             return BuildResult(verify_corpus(out), {})
         with _ray(ray_address or os.environ.get("RAY_ADDRESS"), directory) as workers, progress:
             hashes, blocks, shards = _execute(directory, plan, workers, progress, seconds)
-        with _timed(seconds, "commit"):
+        with _timed(seconds, "commit"), _disk_errors(out):
             manifest = commit(directory, plan, hashes=hashes, blocks=blocks, shards=shards,
                               timing={"seconds": {name: round(value, 3) for name, value in seconds.items()}})
     return BuildResult(manifest, seconds)
@@ -85,10 +88,15 @@ def _execute(directory: BuildDir, plan: Plan, workers: "_Workers", progress: Pro
     """Both passes: (sha256 of each source, result of each block, results of the shards of each split)."""
     layout = Layout(directory, plan.config, plan.n_values, tuple(plan.splits[name].n_shards for name in SPLITS))
     with _timed(seconds, "tokenise"):
-        jobs = [_Job(source_task(number), 0, (number, source)) for number, source in enumerate(plan.sources)]
+        jobs = [_Job(source_task(number), 1, (number, source)) for number, source in enumerate(plan.sources)]
         hashed = workers.run("hash", hash_source, layout, jobs, "files", progress)
         shared = [workers.share(source) for source in plan.sources]
-        jobs = [_Job(block_task(block), block.last - block.first, (block, shared[block.source]))
+        cut = _sources_to_cut(plan)
+        if cut:
+            jobs = [_Job(cut_task(number), 1, (number, shared[number], firsts)) for number, firsts in cut.items()]
+            workers.run("cut", cut_source, layout, jobs, "files", progress)
+        jobs = [_Job(block_task(block), block.last - block.first, (
+            block, shared[block.source], cut_folder(directory, block.source) if block.source in cut else None))
                 for block in plan.blocks]
         blocks = workers.run("tokenise", tokenize_to_run, layout, jobs, "cells", progress)
     tasks = shard_tasks(plan.sources, plan.blocks, blocks)
@@ -103,6 +111,15 @@ def _execute(directory: BuildDir, plan: Plan, workers: "_Workers", progress: Pro
     return [record["sha256"] for record in hashed], blocks, {name: found for name, found in shards.items() if found}
 
 
+def _sources_to_cut(plan: Plan) -> dict[int, list[int]]:
+    """place of a source -> first rows of its blocks, where it is stored by columns and has several."""
+    firsts: dict[int, list[int]] = {}
+    for block in plan.blocks:
+        if plan.sources[block.source].by_columns:
+            firsts.setdefault(block.source, []).append(block.first)
+    return {source: rows for source, rows in firsts.items() if len(rows) > 1}
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """One call of a task function: `function(layout, *arguments)`."""
@@ -115,8 +132,8 @@ class _Job:
 class _Workers:
     """Ray, as the two passes need it."""
 
-    def __init__(self, ray: Any) -> None:
-        self._ray = ray
+    def __init__(self, ray: Any, out: Path) -> None:
+        self._ray, self._out = ray, out
         self._in_flight = _IN_FLIGHT * max(int(ray.cluster_resources().get("CPU", 1)), 1)
 
     def share(self, value: object) -> Any:
@@ -153,9 +170,10 @@ class _Workers:
             result: Record = self._ray.get(reference)
             return result
         except self._ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ScgptError | OSError):
+            if isinstance(error.cause, ScgptError):
                 raise error.cause from None
-            raise
+            with _disk_errors(self._out):
+                raise error.cause from None
         except self._ray.exceptions.RayError as error:
             raise DataError(f"a Ray worker was lost for good: {str(error).splitlines()[0]}",
                             fix="run the same command again: what is finished is kept; if memory was short, "
@@ -187,14 +205,14 @@ def _ray(address: str | None, directory: BuildDir) -> Iterator[_Workers]:
     import ray
 
     if ray.is_initialized():   # inside a program that has its own
-        yield _Workers(ray)
+        yield _Workers(ray, directory.out)
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
         ray.init(address=address, **options)
         try:
             _probe(ray, directory)
-            yield _Workers(ray)
+            yield _Workers(ray, directory.out)
         finally:
             ray.shutdown()
         return
@@ -202,7 +220,7 @@ def _ray(address: str | None, directory: BuildDir) -> Iterator[_Workers]:
         ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), num_gpus=0, include_dashboard=False,
                  object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=str(folder), **options)
         try:
-            yield _Workers(ray)
+            yield _Workers(ray, directory.out)
         finally:
             ray.shutdown()
 
@@ -250,6 +268,16 @@ def _remove_if_abandoned(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError:   # of somebody else, in use, or already gone
         return
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"the corpus cannot be written: {error.strerror or error}", where=str(out),
+                        fix="free some space or mend the disk, then run the same command again: what is finished "
+                            "is kept") from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import difflib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import pyarrow as pa
@@ -114,18 +115,20 @@ def _column(node: ast.expr) -> str | None:
 
 
 def _constant(node: ast.expr, text: str) -> Scalar:
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant) \
-            and type(node.operand.value) in (int, float):
-        return operator.neg(node.operand.value)  # type: ignore[arg-type]
-    if isinstance(node, ast.Constant) and isinstance(node.value, str | int | float):
-        return node.value
+    negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
+    constant = node.operand if isinstance(node, ast.UnaryOp) and negative else node
+    if isinstance(constant, ast.Constant) and isinstance(constant.value, str | int | float):
+        if not negative:
+            return constant.value
+        if isinstance(constant.value, int | float):
+            return -constant.value
     raise _refused(node, text)
 
 
 def _evaluate(node: ast.expr, obs: Mapping[str, pa.Array], where: str) -> NDArray[np.bool_]:
     if isinstance(node, ast.BoolOp):
-        parts = [_evaluate(value, obs, where) for value in node.values]
-        return np.logical_and.reduce(parts) if isinstance(node.op, ast.And) else np.logical_or.reduce(parts)
+        return reduce(operator.and_ if isinstance(node.op, ast.And) else operator.or_,
+                      (_evaluate(value, obs, where) for value in node.values))
     if isinstance(node, ast.UnaryOp):
         return ~_evaluate(node.operand, obs, where)
     name = _column(node)
@@ -134,9 +137,8 @@ def _evaluate(node: ast.expr, obs: Mapping[str, pa.Array], where: str) -> NDArra
     if not isinstance(node, ast.Compare):
         raise TypeError("an expression that was not checked")
     sides = [node.left, *node.comparators]
-    parts = [_compare(left, comparison, right, obs, where)
-             for left, comparison, right in zip(sides, node.ops, sides[1:], strict=False)]
-    return np.logical_and.reduce(parts)
+    return reduce(operator.and_, (_compare(left, comparison, right, obs, where)
+                                  for left, comparison, right in zip(sides, node.ops, sides[1:], strict=False)))
 
 
 def _compare(left: ast.expr, comparison: ast.cmpop, right: ast.expr, obs: Mapping[str, pa.Array],
@@ -161,7 +163,8 @@ def _holds(column: pa.Array, sign: str, value: Scalar, *, name: str, where: str)
     if isinstance(column, pa.DictionaryArray):
         per_category = _holds(column.dictionary, sign, value, name=name, where=where)
         codes = column.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-        return np.append(per_category, False)[codes]
+        chosen: NDArray[np.bool_] = np.append(per_category, [False])[codes]
+        return chosen
     if isinstance(value, bool) and pa.types.is_string(column.type):   # h5ad files often keep flags as words
         column, value = pc.utf8_lower(column), str(value).lower()
     kinds = (pa.types.is_string(column.type), pa.types.is_boolean(column.type))
@@ -169,4 +172,6 @@ def _holds(column: pa.Array, sign: str, value: Scalar, *, name: str, where: str)
         held = "text" if kinds[0] else "true or false" if kinds[1] else "numbers"
         raise ConfigError(f"the filter compares the column '{name}', which holds {held}, with {value!r}", where=where,
                           fix="compare it with a value of its own type")
-    return _COMPARE[sign](column, pa.scalar(value)).fill_null(fill_value=False).to_numpy(zero_copy_only=False)
+    holds: NDArray[np.bool_] = _COMPARE[sign](column, pa.scalar(value)).fill_null(fill_value=False).to_numpy(
+        zero_copy_only=False)
+    return holds

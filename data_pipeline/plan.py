@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data_pipeline.cells import SPLITS, ObsReader, check_split_column
 from data_pipeline.config import CorpusConfig, SourceConfig
 from data_pipeline.genes import GeneMap, map_source
-from data_pipeline.sources.base import Source, are_counts, open_source
+from data_pipeline.sources.base import Source, are_counts, describe_values, open_source
 from data_pipeline.tokenization import refused_values
 from scgpt import __version__
 from scgpt.data.schema import FORMAT_VERSION, gene_dtype, source_hash
@@ -46,6 +46,7 @@ class SourcePlan:
     n_cells: int
     n_values: int             # stored values; an estimate for CSC, an upper bound for dense
     bytes_per_value: int
+    by_columns: bool          # CSC: cut into row blocks before they are read
     genes: GeneMap
     obs: ObsReader
 
@@ -172,11 +173,11 @@ def _plan_source(source: Source, source_config: SourceConfig, config: CorpusConf
                        min_gene_overlap=config.genes.min_gene_overlap)
     values = source.probe()
     if config.cells.expression_kind == "counts" and not are_counts(values):
-        raise refused_values(source, values, "not counts")
+        raise refused_values(source, values, f"it holds {describe_values(values)}", counts=True)
     obs = ObsReader.of(source, source_config, config.columns, config.cells)
     return SourcePlan(source.path, source.name, source_config, n_bytes, modified_ns, edges, source.layer,
                       source.n_cells, int(source.value_offsets(source.n_cells, source.n_cells)[0]),
-                      source.bytes_per_value(), genes, obs)
+                      source.bytes_per_value(), source.by_columns, genes, obs)
 
 
 def _split_totals(source: Source, planned: SourcePlan, config: CorpusConfig) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ Every function may be called again, at any time, by anybody: the files it publis
 """
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -49,11 +50,26 @@ def hash_source(layout: Layout, number: int, source: SourcePlan) -> Record:
     return layout.build.write_record(source_task(number), {"sha256": digest}, [])
 
 
-def tokenize_to_run(layout: Layout, block: Block, source: SourcePlan) -> Record:
-    """Read a block, judge its cells, and write those that are kept as a run sorted by shard."""
+def cut_source(layout: Layout, number: int, source: SourcePlan, firsts: Sequence[int]) -> Record:
+    """Cut a matrix that is stored by columns into the row blocks of the plan."""
+    folder = cut_folder(layout.build, number)
+    folder.parent.mkdir(exist_ok=True)
+    check_unchanged(source)
+    with files.publish(folder) as temporary, open_source(source.path, name=source.name, kind=source.config.kind,
+                                                         layer=source.layer) as opened:
+        made = [folder / path.name for path in opened.cut_row_blocks(firsts, temporary)]
+        files.remove(folder)   # of an attempt whose record is missing
+    check_unchanged(source)
+    return layout.build.write_record(cut_task(number), {}, made)
+
+
+def tokenize_to_run(layout: Layout, block: Block, source: SourcePlan, row_blocks: Path | None) -> Record:
+    """Read a block (from `row_blocks`, where its source was cut), judge its cells, write those kept as a run."""
     config = layout.config
     check_unchanged(source)
     with open_source(source.path, name=source.name, kind=source.config.kind, layer=source.layer) as opened:
+        if row_blocks is not None:
+            opened.use_row_blocks(row_blocks)
         cells = tokenize_block(opened, source.genes, block.first, block.last,
                                counts=config.cells.expression_kind == "counts")
         passes = source.obs.passes(opened, block.first, block.last)
@@ -66,7 +82,7 @@ def tokenize_to_run(layout: Layout, block: Block, source: SourcePlan) -> Record:
     kept = np.flatnonzero(reasons == KEPT)
     n_shards = np.array(layout.n_shards)[splits]
     if config.shards.shuffle:
-        keys = shuffle_keys(config.seed, cells.columns[CELL_ID])
+        keys = shuffle_keys(config.seed, cells.columns[CELL_ID].astype(np.uint64, copy=False))
         buckets = shuffled_buckets(keys, n_shards)
     else:
         keys = (np.uint64(block.source) << np.uint64(32)) + np.arange(block.first, block.last, dtype=np.uint64)
@@ -103,6 +119,16 @@ def merge_to_shard(layout: Layout, task: ShardTask, expression_type: str) -> Rec
 def source_task(number: int) -> str:
     """Name of the record of a source's sha256."""
     return f"source-{number:05d}"
+
+
+def cut_folder(build: BuildDir, number: int) -> Path:
+    """Where a source that is stored by columns is cut into row blocks."""
+    return build.path / "cut" / source_task(number)
+
+
+def cut_task(number: int) -> str:
+    """Name of the record of a source that was cut into row blocks."""
+    return f"cut-{number:05d}"
 
 
 def block_task(block: Block) -> str:

@@ -9,7 +9,16 @@ from numba import njit
 from numpy.typing import NDArray
 
 from data_pipeline.genes import GeneMap
-from data_pipeline.sources.base import RAW, Source, X, are_counts, describe_values
+from data_pipeline.sources.base import (
+    EXPRESSION_KINDS,
+    RAW,
+    Source,
+    X,
+    are_counts,
+    describe_values,
+    open_source,
+    value_kind,
+)
 from scgpt.data.schema import CELL_ID, SOURCE_ROW, RaggedBatch, cell_ids, gene_dtype, offsets_of
 from scgpt.errors import SourceError
 
@@ -47,7 +56,7 @@ def tokenize_block(source: Source, gene_map: GeneMap, first: int, last: int, *, 
     fault = _tokenize(data, columns, indptr, gene_map.tokens, gene_map.mitochondrial, gene_map.n_tokens, counts,
                       genes, expressions, lengths, values_in, sums)
     if fault >= 0:
-        raise _bad_value(source, first, indptr, data, int(fault))
+        raise _bad_value(source, first, indptr, data, int(fault), counts=counts)
     offsets = offsets_of(lengths)
     genes, expressions = genes[:offsets[-1]], expressions[:offsets[-1]]
     integer = are_counts(expressions) and expressions.max(initial=0.0) < 1 << 32
@@ -100,28 +109,36 @@ def _tokenize(data, columns, indptr, tokens, mitochondrial, n_tokens, counts,  #
     return -1
 
 
-def _bad_value(source: Source, first: int, indptr: NDArray[np.int64], data: NDArray[np.generic],
-               place: int) -> SourceError:
+def _bad_value(source: Source, first: int, indptr: NDArray[np.int64], data: NDArray[np.generic], place: int, *,
+               counts: bool) -> SourceError:
     row = first + int(np.searchsorted(indptr, place, side="right")) - 1
-    return refused_values(source, data[place:], f"row {row} holds {float(data[place]):.6g}")
+    found = f"row {row} holds {float(data[place]):.6g}, one of {describe_values(data[place:])},"
+    return refused_values(source, data[place:], found, counts=counts)
 
 
-def refused_values(source: Source, values: NDArray[np.generic], what: str) -> SourceError:
-    """The error for a matrix that does not hold counts: what its values look like, and which other matrix does."""
-    looks = describe_values(values)
+def refused_values(source: Source, values: NDArray[np.generic], found: str, *, counts: bool) -> SourceError:
+    """The error for values that cannot be stored: what they look like, and which other matrix of the file does better.
+
+    Args:
+        source: where they are.
+        values: the first that is at fault, and some after it.
+        found: what there is, in words.
+        counts: whether counts are expected, or any values of 0 or more.
+    """
+    kind = value_kind(values)
     better = _counts_elsewhere(source)
     if better:
         fix = f"set layer: {better[0]}, which holds counts"
-    elif "NaN" in looks or "negative" in looks:
-        fix = "repair the file, or take it out of `sources`"
+    elif kind in EXPRESSION_KINDS and counts:
+        fix = f"give raw counts, or say what the values are (cells.expression_kind: {kind})"
     else:
-        fix = "give raw counts, or say what the values are (cells.expression_kind)"
-    return SourceError(f"{what}, where counts are expected: {looks}", where=f"{source.path}, {source.layer}", fix=fix)
+        fix = "repair the file, or take it out of `sources`"
+    expected = "counts" if counts else "values of 0 or more"
+    return SourceError(f"{found} where {expected} are expected", where=f"{source.path}, {source.layer}", fix=fix)
 
 
 def _counts_elsewhere(source: Source) -> list[str]:
-    from data_pipeline.sources.base import open_source
-
+    """The other matrices of a file whose first rows hold counts, the likeliest first."""
     found = []
     for layer in sorted(source.other_matrices(), key=lambda name: (name != RAW, "count" not in name, name != X, name)):
         try:

@@ -1,7 +1,7 @@
 """AnnData files: `.h5ad` read straight through h5py by row blocks, never as a whole.
 
 CSR rows are two contiguous slices. Dense rows are a slice whose zeros are dropped. CSC keeps the values of a row all
-over the file: a block is gathered by scanning the matrix in slabs of bounded size, which costs one pass a block.
+over the file: they are cut into row blocks once (rechunk.py), or, for one block, gathered in one scan of the matrix.
 """
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from data_pipeline.sources import elements
 from data_pipeline.sources.base import AUTO, INDEX, PROBE_VALUES, RAW, Source, X, are_counts
+from data_pipeline.sources.rechunk import Entries, cut_by_rows, read_block, to_csr
 from scgpt.errors import ConfigError, SourceError
 
 SCAN_VALUES = 1 << 22   # stored values of a CSC matrix in memory at once while a block is gathered
@@ -29,6 +30,7 @@ class AnnDataFile(Source):
 
     def __init__(self, file: h5py.File, path: Path, name: str, layer: str) -> None:
         self.file, self.path, self.name, self.layer = file, path, name, layer
+        self._row_blocks: Path | None = None
         with self._reading("header"):
             if layer == RAW:
                 key = "raw.X" if "raw.X" in file else "raw/X"
@@ -45,12 +47,13 @@ class AnnDataFile(Source):
     @classmethod
     def open(cls, path: Path, *, name: str, layer: str = AUTO) -> "AnnDataFile":
         """Open a file and choose its matrix; see `open_source`."""
+        import hdf5plugin  # noqa: F401  registers the filters (zstd, blosc, ...) that files may use
+
         try:
-            import hdf5plugin  # noqa: F401  registers the filters (zstd, blosc, ...) that files may use
             file = h5py.File(path, "r")
         except OSError as error:
-            raise SourceError(f"not a readable HDF5 file: {_cause(error)}", where=str(path),
-                              fix=f"is it an .h5ad file, and whole? {_RESTORE}") from error
+            what = f"a damaged HDF5 file: {_cause(error)}" if h5py.is_hdf5(path) else "not an HDF5 file"
+            raise SourceError(what, where=str(path), fix=f"give an .h5ad file; {_RESTORE}") from error
         try:
             return cls._choose(file, path, name, layer)
         except BaseException:
@@ -147,10 +150,24 @@ class AnnDataFile(Source):
             rows = self.matrix[first:last]
             return csr_array(rows)
 
+    @property
+    @override
+    def by_columns(self) -> bool:
+        return self.format == "csc"
+
+    @override
+    def cut_row_blocks(self, firsts: Sequence[int], folder: Path) -> list[Path]:
+        with self._reading(self.layer):
+            return cut_by_rows(self._slabs(), firsts, folder)
+
+    @override
+    def use_row_blocks(self, folder: Path) -> None:
+        self._row_blocks = folder
+
     def _indptr(self, first: int, last: int) -> NDArray[np.int64]:
         where = f"{self.layer}, rows {first} to {last}"
         with self._reading(where):
-            offsets = self.matrix["indptr"][first:last + 1].astype(np.int64)
+            offsets: NDArray[np.int64] = self.matrix["indptr"][first:last + 1].astype(np.int64)
             stored = int(self.matrix["data"].shape[0])
             ascending = len(offsets) == last - first + 1 and not (np.diff(offsets) < 0).any()
             if not ascending or offsets[0] < 0 or offsets[-1] > stored:
@@ -165,22 +182,29 @@ class AnnDataFile(Source):
         return csr_array((data, columns, offsets - offsets[0]), shape=(last - first, self.n_genes))
 
     def _csc_rows(self, first: int, last: int) -> csr_array:
+        if self._row_blocks is not None:
+            return read_block(self._row_blocks, first, last, self.n_genes, self.matrix["data"].dtype)
+        parts = []
+        for rows, columns, values in self._slabs():
+            inside = np.flatnonzero((rows >= first) & (rows < last))
+            parts.append((rows[inside] - first, columns[inside], values[inside]))
+        if not parts:
+            return csr_array((last - first, self.n_genes), dtype=self.matrix["data"].dtype)
+        rows, columns, values = (np.concatenate([part[i] for part in parts]) for i in range(3))
+        return to_csr((rows, columns, values), (last - first, self.n_genes))
+
+    def _slabs(self) -> Iterator[Entries]:
+        """All entries of a CSC matrix in pieces of SCAN_VALUES, by column."""
         offsets = self.matrix["indptr"][:].astype(np.int64)
         stored = int(self.matrix["data"].shape[0])
         if (np.diff(offsets) < 0).any() or offsets[0] != 0 or offsets[-1] != stored:
             raise ValueError(f"column boundaries that do not fit the {stored} stored values")
-        parts = []
         for start in range(0, stored, SCAN_VALUES):
             stop = min(start + SCAN_VALUES, stored)
             rows = self.matrix["indices"][start:stop]
             self._check_indices(rows, self.n_cells, "row")
-            inside = np.flatnonzero((rows >= first) & (rows < last))
-            columns = np.searchsorted(offsets, inside + start, side="right") - 1
-            parts.append((self.matrix["data"][start:stop][inside], rows[inside] - first, columns))
-        if not parts:
-            return csr_array((last - first, self.n_genes), dtype=self.matrix["data"].dtype)
-        data, rows, columns = (np.concatenate([part[i] for part in parts]) for i in range(3))
-        return _to_csr(data, rows, columns, (last - first, self.n_genes))
+            columns = np.searchsorted(offsets, np.arange(start, stop), side="right") - 1
+            yield rows, columns, self.matrix["data"][start:stop]
 
     @staticmethod
     def _check_indices(indices: NDArray[np.integer], size: int, what: str) -> None:
@@ -214,15 +238,6 @@ def _matrices(file: h5py.File) -> list[str]:
     raw = [RAW] if "raw.X" in file or "raw/X" in file else []
     layers = sorted(file["layers"]) if isinstance(file.get("layers"), h5py.Group) else []
     return [*([X] if X in file else []), *raw, *layers]
-
-
-def _to_csr(data: NDArray[np.generic], rows: NDArray[np.integer], columns: NDArray[np.integer],
-            shape: tuple[int, int]) -> csr_array:
-    """Entries in the order of their columns to CSR; two entries of one place stay two (they are summed later)."""
-    order = np.argsort(rows, kind="stable")
-    indptr = np.zeros(shape[0] + 1, np.int64)
-    np.cumsum(np.bincount(rows, minlength=shape[0]), out=indptr[1:])
-    return csr_array((data[order], columns[order], indptr), shape=shape)
 
 
 def _cause(error: BaseException) -> str:

@@ -12,6 +12,10 @@ from scgpt.errors import SourceError
 
 INDEX = "index"                  # stands for the names of the genes (var_names), beside the columns of var
 X, RAW, AUTO = "X", "raw", "auto"
+EXPRESSION_KINDS = ("counts", "expected_counts", "normalized", "log1p")
+_WORDS = {"expected_counts": "expected counts or other fractions", "normalized": "normalised values",
+          "log1p": "log-normalised values"}
+_LOG_MAX = 30.0              # log1p of any count per cell stays below
 PROBE_VALUES = 1 << 18           # stored values looked at to tell counts from other values before any work
 
 
@@ -70,6 +74,19 @@ class Source(ABC):
     def other_matrices(self) -> list[str]:
         """The matrices that are not in use: X, raw, names of layers."""
 
+    @property
+    def by_columns(self) -> bool:
+        """Whether a row is stored all over the file, so that row blocks should be cut out once for all."""
+        return False
+
+    def cut_row_blocks(self, firsts: Sequence[int], folder: Path) -> list[Path]:
+        """Write the rows of each block, which begin at `firsts`, to a file in `folder`; where `by_columns`."""
+        raise NotImplementedError
+
+    def use_row_blocks(self, folder: Path) -> None:
+        """From now on `read_rows` is asked for blocks that `cut_row_blocks` has written to `folder`."""
+        raise NotImplementedError
+
     def __enter__(self) -> "Source":
         return self
 
@@ -113,19 +130,26 @@ def are_counts(values: NDArray[np.generic]) -> bool:
     return bool((numbers >= 0).all() and (numbers == np.floor(numbers)).all())
 
 
-def describe_values(values: NDArray[np.generic]) -> str:
-    """What values that are no counts most likely are, in words."""
-    shown = values.astype(np.float64)
+def value_kind(values: NDArray[np.generic]) -> str:
+    """What values most likely are: one of EXPRESSION_KINDS, or "not finite", "negative"."""
+    shown = np.asarray(values, np.float64)
     if not np.isfinite(shown).all():
-        return "NaN or infinite values"
+        return "not finite"
     if (shown < 0).any():
-        return f"negative values such as {shown.min():.4g} (scaled data?)"
+        return "negative"
+    fractions = (shown != np.floor(shown)).mean() if len(shown) else 0.0
+    if fractions == 0:
+        return "counts"
+    if shown.max() < _LOG_MAX:
+        return "log1p"
+    return "expected_counts" if fractions < 0.5 else "normalized"
+
+
+def describe_values(values: NDArray[np.generic]) -> str:
+    """The same in words, with an example."""
+    shown = np.asarray(values, np.float64)
+    kind = value_kind(shown)
     fractional = shown[shown != np.floor(shown)]
-    if not len(fractional):
-        return "integers"
-    example = f"such as {fractional[0]:.4g}"
-    if shown.max(initial=0.0) < 30:
-        return f"log-normalised values {example}"
-    if len(fractional) < 0.5 * len(shown):
-        return f"expected counts or other fractions {example}"
-    return f"normalised values {example}"
+    return {"not finite": "NaN or infinite values", "counts": "integers",
+            "negative": f"negative values such as {shown.min(initial=0):.4g} (scaled data?)",
+            }.get(kind) or f"{_WORDS[kind]} such as {fractional[0]:.4g}"

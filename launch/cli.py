@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.summaries import corpus_summary, describe_corpus, describe_plan, plan_summary
-from scgpt.errors import ScgptError
+from scgpt.errors import ConfigError, ScgptError
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 75
 CONFIG_KINDS = ("corpus", "model", "pretrain")
@@ -81,9 +81,8 @@ def data_plan(args: argparse.Namespace) -> Answer:
 
 def data_build(args: argparse.Namespace) -> Answer:
     """Build a corpus, or continue one."""
-    from data_pipeline.execute import build
-
     from data_pipeline.config import CorpusConfig
+    from data_pipeline.execute import build
     from scgpt.config import load_config
 
     config = load_config(CorpusConfig, args.config, args.overrides, kind="corpus")
@@ -102,12 +101,21 @@ def data_verify(args: argparse.Namespace) -> Answer:
 
 def train(args: argparse.Namespace) -> Answer:
     """Train in this process: one rank."""
-    from pretrain.train import main as train_main
+    from pretrain.config import TrainConfig
+    from pretrain.engine import describe_json
+    from pretrain.loop import train as train_run
+    from pretrain.metrics import METRICS, read_rows
+    from scgpt.config import load_config
 
-    words = [args.config, *args.overrides, "--out", str(args.out)]
-    words += ["--print-deepspeed-config"] if args.print_deepspeed_config else []
-    code = train_main(words)
-    return Answer(str(args.out), {"run": str(args.out), "exit_code": code}, code)
+    config = load_config(TrainConfig, args.config, args.overrides, kind="pretrain")
+    if args.print_deepspeed_config:
+        text = describe_json(config, 1)
+        return Answer(text, json.loads(text))
+    if args.out is None:
+        raise ConfigError("there is no run directory", where="command line", fix="give --out RUN")
+    code = train_run(config, args.out)
+    rows = read_rows(args.out / METRICS)
+    return Answer(str(args.out), {"run": str(args.out), "last": rows[-1] if rows else None}, code)
 
 
 def export(args: argparse.Namespace) -> Answer:
@@ -184,7 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     cmd = add("train", train, "train in one process", "scgpt train demo data.corpus=corpus --out run")
     _config(cmd)
-    _out(cmd, "run directory; an interrupted run is continued")
+    _out(cmd, "run directory; an interrupted run is continued", required=False)
     cmd.add_argument("--print-deepspeed-config", action="store_true", help="print what DeepSpeed is given, and stop")
     cmd = add("export", export, "checkpoint to release", "scgpt export run --out release --step best")
     cmd.add_argument("run_dir", metavar="RUN", type=Path)
@@ -239,8 +247,8 @@ def _config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings on top of it")
 
 
-def _out(parser: argparse.ArgumentParser, purpose: str) -> None:
-    parser.add_argument("--out", required=True, type=Path, metavar="PATH", help=purpose)
+def _out(parser: argparse.ArgumentParser, purpose: str, *, required: bool = True) -> None:
+    parser.add_argument("--out", required=required, type=Path, metavar="PATH", help=purpose)
 
 
 if __name__ == "__main__":

@@ -217,11 +217,12 @@ def _explain(cls: type[Config], error: ValidationError,
     if fault["type"] == "extra_forbidden":
         names = _field_names(cls, location[:-1])
         return ConfigError(f"unknown key '{dotted}'", where=where,
-                           fix=f"{_nearest(str(location[-1]), names).lstrip(', ') or 'remove it'}. "
+                           fix=f"{_nearest(str(location[-1]), names).lstrip(', ') or 'remove it.'} "
                                f"Allowed: {', '.join(names)}.")
     if fault["type"] == "missing":
-        return ConfigError(f"the key '{dotted}' is missing", where=where,
-                           fix=f"set it in the file or give {dotted}=...")
+        below = [f"{dotted}.{name}" for name in _field_names(cls, location, required=True)]
+        return ConfigError(f"the key '{' and '.join(below) or dotted}' is missing", where=where,
+                           fix=f"set it in the file or give {' '.join(f'{key}=...' for key in below or [dotted])}")
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return ConfigError(cause.what, where=cause.where or where, fix=cause.fix)
@@ -245,13 +246,14 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f", did you mean '{close[0]}'?" if close else ""
 
 
-def _field_names(cls: type[Config], location: Location) -> list[str]:
+def _field_names(cls: type[Config], location: Location, *, required: bool = False) -> list[str]:
     groups: list[type[Config]] = [cls]
     for part in location:
         if isinstance(part, str):
             fields = [group.model_fields[part].annotation for group in groups if part in group.model_fields]
             groups = [found for annotation in fields for found in _configs_in(annotation)]
-    return [name for group in groups for name in group.model_fields]
+    return [name for group in groups for name, field in group.model_fields.items()
+            if field.is_required() or not required]
 
 
 def _configs_in(annotation: Any) -> list[type[Config]]:

@@ -118,6 +118,13 @@ def test_what_ships_as_a_corpus_resolves(name: str, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out)["sources"]
 
 
+def test_a_recipe_that_ships_asks_for_its_corpus(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["config", "show", "demo"]) == 2
+    assert "give data.corpus=..." in capsys.readouterr().err
+    assert cli.main(["config", "show", "demo", "data.corpus=x", "train.seed=7", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["train"]["seed"] == 7
+
+
 @pytest.mark.parametrize("command", ["data verify", "verify"])
 def test_a_folder_that_is_not_there_is_one_sentence(command: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main([*command.split(), "no/such/folder"]) == 1

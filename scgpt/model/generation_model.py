@@ -16,6 +16,7 @@ from scgpt.model.heads import POOLING_STYLES, Hidden, decode_mvc, mean_nonzero, 
 from scgpt.model.layers import build_encoder, padded_layout, run_encoder
 from scgpt.model.model import generate_square_subsequent_mask
 from scgpt.model.packed import PackedTensors
+from scgpt.model.row_bins import bin_row
 
 __all__ = ["AffineExprDecoder", "ClsDecoder", "GeneEncoder", "PositionalEncoding", "Similarity", "TransformerGenerator",
            "generate_square_subsequent_mask"]
@@ -205,6 +206,5 @@ class TransformerGenerator(nn.Module):
 
 def _binned(cells: Sequence[Tensor], n_bins: int) -> Tensor:
     """Bins of the values of each cell, as floats, end to end."""
-    from scgpt.preprocess import binning
-
-    return torch.cat([torch.as_tensor(binning(cell, n_bins)).to(cell.dtype).to(cell.device) for cell in cells])
+    bins = [torch.from_numpy(bin_row(cell.detach().cpu().numpy(), n_bins)) for cell in cells]
+    return torch.cat(bins).to(cells[0].device, cells[0].dtype)

@@ -72,7 +72,7 @@ def sort(keys: NDArray[np.unsignedinteger], ordered: NDArray[np.uint32], spare: 
         keys: (values,) uint16 or uint32. `ordered`, `spare`: (>= values,), overwritten.
         counts: (4, TABLE), overwritten.
     """
-    largest = 0
+    largest = np.int64(0)
     for i in range(len(keys)):
         largest = max(largest, int(keys[i]))
     if largest < TABLE:
@@ -85,7 +85,9 @@ def sort(keys: NDArray[np.unsignedinteger], ordered: NDArray[np.uint32], spare: 
 def _sort_by_counting(keys: NDArray[np.unsignedinteger], largest: int, ordered: NDArray[np.uint32],
                       counts: NDArray[np.int32]) -> None:
     """Four counters for each value, taken in turn: most counts are 1, and one counter would wait for itself."""
-    counts[:, :largest + 1] = 0
+    for counter in range(4):
+        for value in range(largest + 1):
+            counts[counter, value] = 0
     for i in range(len(keys)):
         counts[i & 3, keys[i]] += 1
     end = 0
@@ -106,7 +108,8 @@ def _sort_by_radix(keys: NDArray[np.unsignedinteger], largest: int, ordered: NDA
     shift = 0
     while largest >> shift:
         n_digits = min(_DIGIT, largest >> shift) + 1
-        starts[:n_digits] = 0
+        for digit in range(n_digits):
+            starts[digit] = 0
         for i in range(n_values):
             starts[(source[i] >> shift) & _DIGIT] += 1
         start = 0

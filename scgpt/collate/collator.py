@@ -85,7 +85,7 @@ def collate(cells: RaggedBatch, config: CollateConfig, *, cls_id: int, seed: int
     np.cumsum(lengths, out=cu_seqlens[1:])
     packed = PackedBatch(np.empty(n_tokens, np.int32), np.empty(n_tokens, np.float32), np.empty(n_tokens, np.float32),
                          np.empty(n_tokens, np.bool_), cu_seqlens, int(lengths.max(initial=0)), cell_ids)
-    recipe = _Recipe(np.uint64(seed), cls_id, config.cls_value, config.mask_value,
+    recipe = _Recipe(np.uint64(seed), int(cls_id), float(config.cls_value), float(config.mask_value),
                      np.array(config.mask_ratio if mask else (0.0,)), config.context_length - 1,
                      _STYLES[config.input_style], config.tie_rule == "spread",
                      cells.expressions.dtype != np.float32, probabilities(config.n_bins))
@@ -149,7 +149,8 @@ def _compiled(sources: str) -> Callable[..., None]:
                 for t in range(n_chosen):
                     value = np.float64(of_cell[chosen[t]])
                     bins[t] = np.log1p(value) if recipe.style == _LOG1P else value
-            shown[:] = bins
+            for t in range(n_chosen):
+                shown[t] = bins[t]
             hide(stream(recipe.seed, epoch, cell_id, PURPOSE_MASK),
                  draw_ratio(recipe.seed, epoch, cell_id, recipe.mask_ratios), recipe.mask_value, shown,
                  target_mask[first + 1:stop])

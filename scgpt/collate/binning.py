@@ -72,13 +72,19 @@ def sort(keys: NDArray[np.unsignedinteger], ordered: NDArray[np.uint32], spare: 
         keys: (values,) uint16 or uint32. `ordered`, `spare`: (>= values,), overwritten.
         counts: (4, TABLE), overwritten.
     """
-    largest = np.int64(0)
-    for i in range(len(keys)):
-        largest = max(largest, int(keys[i]))
+    largest = _largest(keys)
     if largest < TABLE:
         _sort_by_counting(keys, largest, ordered, counts)
     else:
         _sort_by_radix(keys, largest, ordered, spare, counts[0])
+
+
+@njit(cache=True, nogil=True)
+def _largest(keys: NDArray[np.unsignedinteger]) -> int:
+    largest = 0
+    for i in range(len(keys)):
+        largest = max(largest, int(keys[i]))
+    return largest
 
 
 @njit(cache=True, nogil=True)

@@ -1,15 +1,16 @@
 """Attention within cells, behind one function: backends are chosen by device, dtype and dropout, or by name.
 
-Two custom operators hide everything whose shape depends on the data (lengths, padding, empty cells), so a compiled
-layer holds one opaque call and needs no new compilation for new lengths. Price: the backward cannot be differentiated
-again. Rejected: FlexAttention (a block mask for every batch costs more than the attention) and nested tensors (20x
-slower on a CPU).
+Two custom operators hide the choice and everything whose shape depends on the data (lengths, padding, empty cells), so
+a compiled layer holds one opaque call and needs no new compilation for new lengths. Price: the backward cannot be
+differentiated again. Rejected: FlexAttention (a block mask for every batch costs more than the attention) and nested
+tensors (20x slower on a CPU).
 
 The generative rule needs no mask: every query attends to the perception keys of its cell in one rectangular unmasked
 attention, and a generation query's own key is merged through the log-sum-exp. With l the log-sum-exp over perception
 keys and s the own logit: L = log(e^l + e^s), out = e^(l-L) out_perception + e^(s-L) v_own. The backward hands (out, L)
 to the kernel, as ring attention does, and adds the own key's term: p = e^(s-L), ds = p (grad . v_own - grad . out).
 """
+import functools
 from typing import NamedTuple
 
 import torch
@@ -23,14 +24,15 @@ from scgpt.model.attention_kernels import (
     Saved,
     SdpaKernel,
     Segments,
-    TorchFlashKernel,
     lse_dtype,
 )
+from scgpt.model.flash_kernels import FLASH_KERNELS
 
 # In the order of preference. "reference" computes in float64 and is only ever chosen by name.
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (
-    TorchFlashKernel(), SdpaKernel(), MathKernel("math"), MathKernel("reference", torch.float64))}
-BACKENDS = ("auto", *KERNELS)
+_IN_ORDER: tuple[Kernel, ...] = (*FLASH_KERNELS, SdpaKernel(), MathKernel("math"),
+                                 MathKernel("reference", torch.float64))
+KERNELS = {kernel.name: kernel for kernel in _IN_ORDER}
+BACKENDS = ("auto", "flash", *KERNELS)
 
 
 class PackedLayout(NamedTuple):
@@ -56,20 +58,34 @@ class PaddedLayout(NamedTuple):
     is_generation: Tensor | None = None  # (batch, seq) bool
 
 
-def choose_backend(query: Tensor, dropout_p: float, requested: str = "auto") -> str:
-    """Name of the kernel for such queries (any shape that ends in head_size).
+def explain_backends(device: torch.device, dtype: torch.dtype, head_size: int,
+                     dropout_p: float = 0.0) -> dict[str, str | None]:
+    """Backend -> why it cannot attend so, None where it can; the first None is what "auto" takes."""
+    return {name: kernel.refusal(device, dtype, head_size, dropout_p) for name, kernel in KERNELS.items()}
 
-    Raises ConfigError when the one asked for by name cannot do it; "auto" takes the first of KERNELS that can.
+
+@functools.cache
+def choose_backend(device: torch.device, dtype: torch.dtype, head_size: int, dropout_p: float = 0.0,
+                   requested: str = "auto") -> str:
+    """Name of the kernel that will attend: the first of KERNELS that can, or the one asked for.
+
+    "flash" asks for the first flash kernel that can. Raises ConfigError with the reasons when none can.
     """
-    if requested == "auto":
-        return next(name for name, kernel in KERNELS.items() if kernel.refusal(query, dropout_p) is None)
-    if requested not in KERNELS:
+    if requested not in BACKENDS:
         raise ConfigError(f"there is no attention backend '{requested}'", fix=f"choose one of: {', '.join(BACKENDS)}")
-    reason = KERNELS[requested].refusal(query, dropout_p)
-    if reason is not None:
-        raise ConfigError(f"attention backend '{requested}' cannot be used here: {reason}",
-                          fix="choose 'auto', or attention_dropout=0 if it is the dropout")
-    return requested
+    groups = {"auto": tuple(KERNELS), "flash": tuple(kernel.name for kernel in FLASH_KERNELS)}
+    reasons = explain_backends(device, dtype, head_size, dropout_p)
+    candidates = groups.get(requested, (requested,))
+    for name in candidates:
+        if reasons[name] is None:
+            return name
+    raise ConfigError(f"attention backend '{requested}' cannot be used here "
+                      f"({'; '.join(f'{name}: {reasons[name]}' for name in candidates)})",
+                      fix="choose 'auto', or attention_dropout 0 if it is the dropout")
+
+
+def _kernel(q: Tensor, dropout_p: float, requested: str) -> Kernel:
+    return KERNELS[choose_backend(q.device, q.dtype, q.shape[-1], dropout_p, requested)]
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | Tensor, *,
@@ -98,17 +114,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout | PaddedLayout,
     At padding the result is zero, as the flash kernels leave it; with `all_queries` padding attends too, as torch's own
     layer lets it.
     """
-    name = choose_backend(q, dropout_p, backend)
     seed = torch.randint(2**62, ()) if dropout_p > 0 else torch.zeros((), dtype=torch.int64)
     if isinstance(layout, PaddedLayout):
-        return _first(_padded(q, k, v, layout.is_key, layout.is_generation, seed, all_queries, dropout_p, name,
-                              deterministic))
+        return _first(_padded(q, k, v, layout.is_key, layout.is_generation, seed, all_queries, dropout_p,
+                              backend, deterministic))
     keys, values = k, v
     if layout.key_index is not None:
         keys, values = k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
     own = (None, None) if layout.is_generation is None else (k, v)
     return _first(_packed(q, keys, values, *own, layout.is_generation, layout.cu_seqlens, layout.cu_keys,
-                          layout.max_seqlen, layout.max_keys, seed, dropout_p, name, deterministic))
+                          layout.max_seqlen, layout.max_keys, seed, dropout_p, backend, deterministic))
 
 
 def _first(outputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -120,7 +135,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor
             cu_q: Tensor, cu_k: Tensor, max_q: Tensor, max_k: Tensor, seed: Tensor, dropout_p: float, backend: str,
             deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:  # noqa: FBT001 an operator has no keyword-only arguments
     cells = Segments(cu_q, cu_k, int(max_q), int(max_k))
-    out, lse, rng = KERNELS[backend].forward(q, k, v, cells, dropout_p, seed)
+    out, lse, rng = _kernel(q, dropout_p, backend).forward(q, k, v, cells, dropout_p, seed)
     if own_k is not None and own_v is not None and is_own is not None:
         out, lse = _merge_own(out, lse, q, own_k, own_v, is_own, _own_kept(lse, dropout_p, seed))
     return out, lse, rng
@@ -137,8 +152,8 @@ def _packed_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, own_k: Tenso
                      max_q: Tensor, max_k: Tensor, seed: Tensor, dropout_p: float, backend: str,
                      deterministic: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: FBT001
     cells = Segments(cu_q, cu_k, int(max_q), int(max_k))
-    grads = KERNELS[backend].backward(grad, Saved(q, k, v, out, lse, rng, seed), cells, dropout_p,
-                                      deterministic=deterministic)
+    grads = _kernel(q, dropout_p, backend).backward(grad, Saved(q, k, v, out, lse, rng, seed), cells, dropout_p,
+                                                    deterministic=deterministic)
     if own_k is None or own_v is None or is_own is None:
         return *grads, q.new_empty(0), q.new_empty(0)
     own = _own_backward(grad, q, own_k, own_v, out, lse, is_own, _own_kept(lse, dropout_p, seed))
@@ -172,7 +187,8 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, is_key: Tensor, is_own: Tensor | No
             dropout_p: float, backend: str, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:  # noqa: FBT001
     rows = _Rows.of(is_key, is_own, all_queries)
     query = rows.queries(q)
-    out, lse, rng = KERNELS[backend].forward(query, rows.keys(k), rows.keys(v), rows.cells, dropout_p, seed)
+    out, lse, rng = _kernel(q, dropout_p, backend).forward(query, rows.keys(k), rows.keys(v), rows.cells, dropout_p,
+                                                           seed)
     if rows.is_own is not None:
         out, lse = _merge_own(out, lse, query, rows.queries(k), rows.queries(v), rows.is_own,
                               _own_kept(lse, dropout_p, seed))
@@ -192,7 +208,8 @@ def _padded_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, is_key: Tens
     rows = _Rows.of(is_key, is_own, all_queries)
     query, query_grad = rows.queries(q), rows.queries(grad)
     saved = Saved(query, rows.keys(k), rows.keys(v), rows.queries(out), rows.queries(lse), rng, seed)
-    grads = KERNELS[backend].backward(query_grad, saved, rows.cells, dropout_p, deterministic=deterministic)
+    grads = _kernel(q, dropout_p, backend).backward(query_grad, saved, rows.cells, dropout_p,
+                                                    deterministic=deterministic)
     grad_q, grad_k, grad_v = rows.spread(grads[0], q), rows.spread_keys(grads[1], k), rows.spread_keys(grads[2], v)
     if rows.is_own is not None:
         own = _own_backward(query_grad, query, rows.queries(k), rows.queries(v), saved.out, saved.lse, rows.is_own,

@@ -13,8 +13,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-HALF = (torch.float16, torch.bfloat16)
-
 
 class Segments(NamedTuple):
     """Which rows belong to which cell."""
@@ -42,7 +40,7 @@ class Kernel(Protocol):
 
     name: str
 
-    def refusal(self, query: Tensor, dropout_p: float) -> str | None:
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int, dropout_p: float) -> str | None:
         """Why this kernel cannot attend with such queries and dropout, or None when it can."""
         ...
 
@@ -83,7 +81,7 @@ class MathKernel:
     def __init__(self, name: str, compute: torch.dtype | None = None) -> None:
         self.name, self._compute = name, compute
 
-    def refusal(self, query: Tensor, dropout_p: float) -> str | None:
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int, dropout_p: float) -> str | None:
         """Refuses nothing."""
         return None
 
@@ -148,9 +146,9 @@ class SdpaKernel:
 
     name = "sdpa"
 
-    def refusal(self, query: Tensor, dropout_p: float) -> str | None:
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int, dropout_p: float) -> str | None:
         """CPU only, no dropout."""
-        if query.device.type != "cpu":
+        if device.type != "cpu":
             return "it is torch's CPU kernel"
         return "it cannot drop attention probabilities" if dropout_p > 0 else None
 
@@ -198,62 +196,6 @@ class SdpaKernel:
         n_cells = len(cells.cu_q) - 1
         equal = q.shape[0] and k.shape[0] and (n_cells * cells.max_q, n_cells * cells.max_k) == (q.shape[0], k.shape[0])
         return n_cells if equal else 0
-
-
-class TorchFlashKernel:
-    """The flash attention that is built into torch: CUDA, half precision, with dropout where asked."""
-
-    name = "torch"
-
-    def refusal(self, query: Tensor, dropout_p: float) -> str | None:
-        """CUDA, float16 or bfloat16, heads of at most 256."""
-        if query.device.type != "cuda":
-            return "it needs a CUDA device"
-        if query.dtype not in HALF:
-            return f"it needs float16 or bfloat16, not {str(query.dtype).removeprefix('torch.')}"
-        if query.shape[-1] % 8 or query.shape[-1] > 256:
-            return f"it needs a head size that is a multiple of 8 and at most 256, not {query.shape[-1]}"
-        return None
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cells: Segments, dropout_p: float,
-                seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Kernel`."""
-        with seeded(q.device, seed, dropout_p):
-            out, lse, rng, _, _ = torch.ops.aten._flash_attention_forward(
-                q, k, v, cells.cu_q, cells.cu_k, cells.max_q, cells.max_k, dropout_p,
-                is_causal=False, return_debug_mask=False)
-        return out, lse.transpose(0, 1).contiguous(), rng.view(torch.int64)
-
-    def backward(self, grad: Tensor, saved: Saved, cells: Segments, dropout_p: float, *,
-                 deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Kernel`; deterministic when torch.use_deterministic_algorithms is on."""
-        q, k, v, out, lse, rng, _ = saved
-        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), q, k, v, out, lse.transpose(0, 1).contiguous(), cells.cu_q, cells.cu_k, cells.max_q,
-            cells.max_k, dropout_p, is_causal=False, rng_state=rng.view(torch.uint64),
-            unused=torch.empty(0, device=q.device))
-        return grads
-
-
-class seeded:  # noqa: N801 a context manager
-    """Start the CUDA generator of `device` at `seed` for the block, then put it back; nothing when nothing is dropped.
-
-    Flash kernels draw dropout from that generator; a seed of our own makes recomputation under checkpointing and under
-    torch.compile draw the same. The generator's state lives on the host: no synchronisation.
-    """
-
-    def __init__(self, device: torch.device, seed: Tensor, dropout_p: float) -> None:
-        self._generator = torch.cuda.default_generators[device.index or 0] if dropout_p > 0 else None
-        self._seed = seed
-
-    def __enter__(self) -> None:
-        if self._generator is not None:
-            self._state = self._generator.get_state()
-            self._generator.manual_seed(int(self._seed))
-
-    def __exit__(self, *_: object) -> None:
-        if self._generator is not None:
-            self._generator.set_state(self._state)
 
 
 def _batched(x: Tensor, n_cells: int = 1) -> Tensor:

@@ -6,6 +6,7 @@ import importlib
 
 _HOME = {"TransformerModel": "model", "TransformerGenerator": "generation_model", "PackedTensors": "packed",
          "ModelConfig": "config", "build_model": "build", "varlen_attention": "attention",
+         "generate_iteratively": "iterative",
          "AdversarialDiscriminator": "model", "BatchLabelEncoder": "model", "CategoryValueEncoder": "model",
          "ClsDecoder": "model", "ContinuousValueEncoder": "model", "ExprDecoder": "model",
          "FastTransformerEncoderWrapper": "model", "FlashTransformerEncoderLayer": "model", "GeneEncoder": "model",

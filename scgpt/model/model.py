@@ -272,8 +272,8 @@ class TransformerModel(CellEncoder):
         """
         device = next(self.parameters()).device
         parts = []
-        for rows in torch.arange(len(src)).split(batch_size):
-            batch = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, max(len(src), 1), batch_size):
+            batch = slice(start, start + batch_size)
             labels = None if batch_labels is None else batch_labels[batch].to(device)
             output = self._encode(src[batch].to(device), values[batch].to(device),
                                   src_key_padding_mask[batch].to(device), labels).detach()

@@ -37,7 +37,7 @@ class ObjectiveConfig(Config):
     n_bins: Annotated[int, Field(ge=3)] = 51   # bins, that of zero included
     context_length: Annotated[int, Field(ge=2)] = 1200   # tokens a cell at most, `<cls>` included
     input_style: Literal["binned", "log1p", "raw"] = "binned"
-    tie_rule: Literal["spread", "highest"] = "spread"   # a value on several edges: a bin drawn among theirs, or the highest
+    tie_rule: Literal["spread", "highest"] = "spread"   # a value on several edges: any of their bins, or the highest
 
     def collate_config(self) -> CollateConfig:
         """How cells become batches."""
@@ -107,7 +107,7 @@ class DeepSpeedConfig(Config):
 
     zero_stage: Literal[0, 1, 2, 3] = 2    # what is spread over ranks: nothing, optimizer, + gradients, + parameters
     timeout_s: Positive = 600.0            # a collective that takes longer ends the job: a rank is hung or gone
-    overrides: dict[str, Any] = {}         # keys of DeepSpeed's own JSON, merged last
+    overrides: dict[str, Any] = Field(default_factory=dict)   # keys of DeepSpeed's own JSON, merged last
 
 
 class TrackingConfig(Config):

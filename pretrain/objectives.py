@@ -1,8 +1,8 @@
 """What a batch teaches: model outputs to weighted loss terms, each as (sum, count) so that the step can normalise them.
 
-A step's loss is, for each term, the sum over all its micro-batches and ranks divided by the count over the same: which rank
-held which cell has no influence. DeepSpeed averages gradients over ranks and over accumulated forward passes; `scaled`
-undoes both.
+A step's loss is, for each term, the sum over all its micro-batches and ranks divided by the count over the same: which
+rank held which cell has no influence. DeepSpeed averages gradients over ranks and over accumulated forward passes;
+`scaled` undoes both.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ class LossSums:
             count: hidden positions of the global batch.
             copies: ranks x accumulation.
         """
-        total = sum((WEIGHTS[name] * value for name, value in self.terms.items()), torch.zeros((), device=self.mre.device))
-        return total * (copies / max(1, count))
+        weighted_sums = [WEIGHTS[name] * value for name, value in self.terms.items()]
+        return torch.stack(weighted_sums).sum() * (copies / max(1, count))
 
     def detached(self) -> Tensor:
         """(len(names),) float64 in the order of `metric_names`."""
@@ -58,8 +58,8 @@ def weighted(means: dict[str, float]) -> float:
 def loss_sums(model: Callable[..., dict[str, Tensor]], batch: BatchTensors, objective: ObjectiveConfig) -> LossSums:
     """Masked expression prediction, and with `mvc` the same from the cell embedding, at the hidden positions only.
 
-    Upstream: squared error of the bins at masked positions, MVC with weight 1. A batch that hides nothing gives 0, with a
-    graph: every rank runs the same modules.
+    Upstream: squared error of the bins at masked positions, MVC with weight 1. A batch that hides nothing gives 0, with
+    a graph: every rank runs the same modules.
     """
     output = model(batch.inputs, MVC=objective.mvc, positions=batch.positions)
     targets = batch.targets[batch.positions]

@@ -1,4 +1,4 @@
-"""Learning rate of a step: linear warmup, then half a cosine to 0 (Loshchilov, Hutter: SGDR, 2017), or constant. Pure."""
+"""Learning rate of a step: linear warmup, then half a cosine to 0 (Loshchilov, Hutter: SGDR, 2017), or constant."""
 import math
 
 from pretrain.config import ScheduleConfig

@@ -3,6 +3,7 @@
 A launcher (deepspeed, torchrun, srun with the same variables) sets RANK, WORLD_SIZE and LOCAL_RANK; without one the
 process is alone, and needs no port: its group lives in memory, so runs side by side cannot meet.
 """
+import ctypes
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -13,14 +14,20 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch._C._distributed_c10d import HashStore
 
 from scgpt.errors import ConfigError, ScgptError
 
 T = TypeVar("T")
 _LOCAL_SIZE = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")   # deepspeed, torchrun, Slurm
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3   # of malloc.h
 
 
-class ToldByRankZero(ScgptError):
+class RankError(ScgptError):
+    """A failure of this rank alone: it tells the user, whichever rank it is."""
+
+
+class RankZeroError(ScgptError):
     """The failure of rank 0 on another rank: there is nothing left to tell the user."""
 
     def __init__(self, exit_code: int) -> None:
@@ -48,13 +55,13 @@ class World:
         distributed.barrier()
 
     def sum(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The element-wise sum over all ranks, (n,), in place, on every rank. Any device; float64 and int64 stay exact."""
-        there = numbers.to(self.device)
-        distributed.all_reduce(there)
-        return numbers.copy_(there)
+        """The element-wise sum over all ranks, on every rank. Numbers on the CPU travel over gloo: no GPU waits."""
+        total = numbers.clone()
+        distributed.all_reduce(total)
+        return total
 
     def of_first(self, make: Callable[[], T]) -> T:
-        """Rank 0 runs `make`; every rank gets its result. Where it raises a ScgptError, every rank raises (once aloud)."""
+        """Rank 0 runs `make`, every rank gets its result; where it raises a ScgptError, the others raise RankZeroError."""
         told: list[Any] = [None, None]
         error: ScgptError | None = None
         if self.is_first:
@@ -62,11 +69,11 @@ class World:
                 told[0] = make()
             except ScgptError as raised:
                 error, told[1] = raised, raised.exit_code
-        distributed.broadcast_object_list(told, src=0, device=self.device)
+        distributed.broadcast_object_list(told, src=0, device=torch.device("cpu"))
         if error is not None:
             raise error
         if told[1] is not None:
-            raise ToldByRankZero(told[1])
+            raise RankZeroError(told[1])
         return told[0]  # type: ignore[no-any-return]
 
     def gather(self, value: T) -> list[T]:
@@ -90,10 +97,11 @@ def join_world(*, timeout_s: float) -> Iterator[World]:
     alone = "RANK" not in os.environ
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(next((os.environ[name] for name in _LOCAL_SIZE if name in os.environ), "1" if alone else str(world_size)))
+    local_size = int(next((os.environ[name] for name in _LOCAL_SIZE if name in os.environ), world_size))
     device = _device(local_rank)
     if device.type == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        _keep_freed_memory()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(local_rank)}.items():
         os.environ.setdefault(name, value)   # DeepSpeed reads them
     if local_size == world_size and device.type == "cpu":
@@ -109,6 +117,14 @@ def join_world(*, timeout_s: float) -> Iterator[World]:
                 os.environ.pop(name, None)
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc reuse freed buffers of up to 32 MiB: returned to the kernel, each step faults its gradients in anew."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -121,8 +137,8 @@ def _device(local_rank: int) -> torch.device:
 
 def _join(device: torch.device, world_size: int, timeout_s: float, *, alone: bool) -> None:
     timeout = timedelta(seconds=timeout_s)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if alone:
-        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1, timeout=timeout)
+        distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         distributed.init_process_group(backend, timeout=timeout, world_size=world_size, rank=int(os.environ["RANK"]))

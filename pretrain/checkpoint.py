@@ -1,0 +1,232 @@
+"""Checkpoints of a run: written whole or not at all, validated before use, resumed by the ranks that wrote them.
+
+    RUN/checkpoints/step-00001000/   DeepSpeed's files of all ranks, state.json, SHA256SUMS (last)
+    RUN/checkpoints/latest, best     names of the newest and of the best one, moved after everything is durable
+
+A checkpoint is built under a temporary name; every rank makes its share of the files durable and hashes it, then rank 0
+writes SHA256SUMS and renames. What a killed run left half-written is therefore known by its name or its checksums.
+`state.json` also holds a digest of each rank's weights and optimizer state, compared after loading: nothing can be
+re-initialised in silence.
+"""
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.engine import Engine
+from pretrain.world import World
+from scgpt.errors import CheckpointError
+from scgpt.files import TEMPORARY_PREFIX, fsync_path, json_bytes, remove, sha256, write_bytes
+
+STATE, SUMS = "state.json", "SHA256SUMS"
+LATEST, BEST = "latest", "best"
+_NAME = re.compile(r"step-(\d{8,})")
+_SUM_LINE = re.compile(r"([0-9a-f]{64})  ([^\s/][^\n]*)")
+
+
+@dataclass
+class RunState:
+    """Where a run is: with the engine's tensors, all that continuing needs."""
+
+    step: int = 0                       # optimizer steps done = global batches consumed
+    cells_seen: int = 0
+    tokens_seen: int = 0
+    best_step: int | None = None        # of the lowest validation loss
+    best_loss: float | None = None      # its loss_expression
+    gene_mean_loss: float | None = None # validation loss of predicting each gene's mean
+    last_valid: dict[str, float] | None = None   # the newest validation, and its step
+    window: list[list[float]] = field(default_factory=list)   # loss sums of each step since the last train row
+    world_size: int = 0
+    zero_stage: int = 0
+    precision: str = ""
+    corpus: dict[str, Any] = field(default_factory=dict)      # name, sha256, splits: what it learns from
+    config: dict[str, Any] = field(default_factory=dict)      # the resolved TrainConfig
+    versions: dict[str, str] = field(default_factory=dict)    # of the packages that wrote it
+    digests: list[str] = field(default_factory=list)          # of each rank's weights and optimizer state
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder's name."""
+    return f"step-{step:08d}"
+
+
+def steps_of(checkpoints: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, valid or not, ascending."""
+    matches = (_NAME.fullmatch(path.name) for path in checkpoints.glob("step-*"))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def save(engine: Engine, checkpoints: Path, state: RunState, world: World, *, keep_last: int) -> None:
+    """Write a checkpoint of `state.step`, move `latest` (and `best`, where the step is the best), remove old ones.
+
+    All ranks call it. Nothing happens where a checkpoint of this step is there already.
+
+    Raises CheckpointError when a file cannot be written; the checkpoints before stay as they are.
+    """
+    name = checkpoint_name(state.step)
+    building = checkpoints / f"{TEMPORARY_PREFIX}{name}"
+    state.digests = world.gather(digest(engine))
+    if not world.of_first(lambda: _begin(checkpoints / name, building)):
+        return
+    try:
+        engine.deepspeed.save_checkpoint(str(checkpoints), tag=building.name, client_state={}, save_latest=False)
+        sums = world.gather(_durable_sums(building, world))
+        world.of_first(lambda: _publish(building, checkpoints, state, sums, keep_last))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint of step {state.step} cannot be written: {str(error).splitlines()[0]} "
+                              f"({shutil.disk_usage(checkpoints).free / 1e9:.1f} GB free)", where=str(checkpoints),
+                              fix="make room; the same command continues from the checkpoint before") from error
+
+
+def _begin(final: Path, building: Path) -> bool:
+    remove(building)
+    if final.is_dir():
+        try:
+            validate(final)
+            return False
+        except CheckpointError:
+            remove(final)   # torn: it was reported when the run was continued
+    return True
+
+
+def _durable_sums(folder: Path, world: World) -> dict[str, str]:
+    """This rank's share of the folder's files: made durable, name -> sha256."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    share = files[world.rank::world.world_size]
+    for path in share:
+        fsync_path(path)
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in share}
+
+
+def _publish(building: Path, checkpoints: Path, state: RunState, sums: list[dict[str, str]], keep_last: int) -> None:
+    write_bytes(building / STATE, json_bytes(asdict(state)))
+    everything = {name: value for part in sums for name, value in part.items()} | {STATE: sha256(building / STATE)}
+    write_bytes(building / SUMS, sums_bytes(everything))
+    final = checkpoints / checkpoint_name(state.step)
+    building.rename(final)
+    fsync_path(checkpoints)
+    write_bytes(checkpoints / LATEST, f"{final.name}\n".encode())
+    if state.best_step == state.step:
+        write_bytes(checkpoints / BEST, f"{final.name}\n".encode())
+    kept = {*steps_of(checkpoints)[-keep_last:], state.step, state.best_step}
+    for step in steps_of(checkpoints):
+        if step not in kept:
+            remove(checkpoints / checkpoint_name(step))
+
+
+def sums_bytes(sums: Mapping[str, str]) -> bytes:
+    """The content of a SHA256SUMS, as `sha256sum -c` reads it: one line a file, sorted by name."""
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
+
+
+def check_sums(folder: Path, *, fix: str) -> dict[str, str]:
+    """Hold every file of a folder against its SHA256SUMS; name -> sha256.
+
+    Raises CheckpointError at the first fault: no list, a list that is not exactly what `sums_bytes` writes, a file that
+    is missing, changed or not in the list.
+    """
+    try:
+        content = (folder / SUMS).read_bytes()
+        lines = [_SUM_LINE.fullmatch(line) for line in content.decode().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{SUMS} cannot be read ({error})", where=str(folder), fix=fix) from error
+    sums = {line[2]: line[1] for line in lines if line}
+    if not sums or sums_bytes(sums) != content:
+        raise CheckpointError(f"{SUMS} was changed after it was written", where=str(folder), fix=fix)
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SUMS}
+    for name in sorted(found | set(sums)):
+        if name not in found:
+            raise CheckpointError(f"the file '{name}' is missing", where=str(folder), fix=fix)
+        if name not in sums:
+            raise CheckpointError(f"the file '{name}' is not in {SUMS}", where=str(folder), fix=fix)
+        if sha256(folder / name) != sums[name]:
+            raise CheckpointError(f"the file '{name}' is not what {SUMS} says", where=str(folder), fix=fix)
+    return sums
+
+
+def validate(checkpoint: Path) -> RunState:
+    """Check every file of a checkpoint; its state. Raises CheckpointError when it is missing, torn or changed."""
+    check_sums(checkpoint, fix="take an older checkpoint")
+    return RunState(**json.loads((checkpoint / STATE).read_bytes()))
+
+
+def newest_valid(checkpoints: Path) -> tuple[RunState | None, list[str]]:
+    """The newest checkpoint that is whole, and in one sentence each what is wrong with newer ones."""
+    skipped = [f"{path.name[len(TEMPORARY_PREFIX):]} was being written when the run ended"
+               for path in sorted(checkpoints.glob(f"{TEMPORARY_PREFIX}step-*"))]
+    for step in reversed(steps_of(checkpoints)):
+        try:
+            return validate(checkpoints / checkpoint_name(step)), skipped
+        except CheckpointError as error:
+            skipped.append(f"{checkpoint_name(step)} is skipped: {error.what}")
+    return None, skipped
+
+
+def find(run: Path, step: str) -> Path:
+    """The folder of checkpoint `best`, `latest` or a step number; CheckpointError where there is none."""
+    checkpoints = run / "checkpoints"
+    available = steps_of(checkpoints)
+    if not available:
+        raise CheckpointError("the run has no checkpoint", where=str(run),
+                              fix="give the folder that `scgpt train ... --out RUN` wrote, after its first checkpoint")
+    pointer = checkpoints / (BEST if step == BEST and (checkpoints / BEST).is_file() else LATEST)
+    if step in (BEST, LATEST) and pointer.is_file():
+        return checkpoints / pointer.read_text(encoding="utf-8").strip()
+    if step == LATEST:
+        return checkpoints / checkpoint_name(available[-1])
+    if not step.isdecimal() or int(step) not in available:
+        raise CheckpointError(f"there is no checkpoint '{step}'", where=str(checkpoints),
+                              fix=f"choose best, latest or one of: {', '.join(map(str, available))}")
+    return checkpoints / checkpoint_name(int(step))
+
+
+def load(engine: Engine, checkpoints: Path, state: RunState, world: World) -> None:
+    """Bring the engine to a validated checkpoint. All ranks call it.
+
+    Raises CheckpointError for another number of ranks, ZeRO stage or precision, and when what was loaded is not what
+    was saved.
+    """
+    folder = checkpoints / checkpoint_name(state.step)
+    world.of_first(lambda: _check_fits(engine, folder, state, world))
+    engine.deepspeed.load_checkpoint(str(checkpoints), tag=folder.name)
+    loaded = world.gather(digest(engine))
+    world.of_first(lambda: _check_restored(folder, state, loaded))
+
+
+def _check_fits(engine: Engine, folder: Path, state: RunState, world: World) -> None:
+    before = (state.world_size, state.zero_stage, state.precision)
+    now = (world.world_size, engine.json["zero_optimization"]["stage"], engine.precision)
+    for name, was, wanted in zip(("ranks", "deepspeed.zero_stage", "precision"), before, now, strict=True):
+        if was != wanted:
+            raise CheckpointError(f"the checkpoint was written with {name} {was}, this start has {wanted}",
+                                  where=str(folder),
+                                  fix=f"continue with {name} {was}, or start a new run with another --out")
+
+
+def _check_restored(folder: Path, state: RunState, loaded: list[str]) -> None:
+    if loaded != state.digests:
+        versions = ", ".join(f"{name} {version}" for name, version in state.versions.items())
+        raise CheckpointError("DeepSpeed did not restore the weights and optimizer state that were saved",
+                              where=str(folder), fix=f"install the versions that wrote it: {versions}")
+
+
+@torch.no_grad()
+def digest(engine: Engine) -> str:
+    """sha256 over this rank's master weights and optimizer state, in the optimizer's order."""
+    result = hashlib.sha256()
+    optimizer = engine.deepspeed.basic_optimizer
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            tensors = [state[name] for name in sorted(state) if isinstance(state[name], torch.Tensor)]
+            for tensor in (parameter, *tensors):
+                result.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return result.hexdigest()
+
+

@@ -1,0 +1,156 @@
+"""The training loop: fetch a global batch, learn from it, tell, validate, save, stop where something asks for it."""
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import checkpoint
+from pretrain.config import TrainConfig
+from pretrain.data import GlobalStep, Loader, to_tensors
+from pretrain.engine import Engine
+from pretrain.evaluation import HeldOut
+from pretrain.metrics import Window
+from pretrain.objectives import metric_names
+from pretrain.prefetch import Prefetch
+from pretrain.recovery import EXIT_DONE, EXIT_INTERRUPTED, Interruption
+from pretrain.run_directory import DEEPSPEED, Corpus, OpenRun, open_run
+from pretrain.schedule import learning_rate
+from pretrain.world import RankError, World, join_world
+from scgpt.files import write_bytes
+from scgpt.vocab import CLS
+
+_PEER_LOST = ("gloo", "nccl", "connection reset", "connection closed", "timed out", "socket")
+
+
+def train(config: TrainConfig, out: Path) -> int:
+    """Train, or continue training, in run directory `out`; the exit code (0 done, 75 interrupted with a checkpoint).
+
+    Every rank calls it with the same arguments. Raises ScgptError.
+    """
+    with ExitStack() as stack:
+        corpus = Corpus.open(config)
+        interruption = stack.enter_context(Interruption(config.train.max_time_s))
+        world = stack.enter_context(join_world(timeout_s=config.deepspeed.timeout_s))
+        stack.enter_context(_lost_peers_are_told())
+        run = stack.enter_context(open_run(config, out, corpus, world))
+        if run.state.step >= run.total_steps:
+            run.log.event("already_finished", f"the run is finished: {run.state.step} of {run.total_steps} steps are "
+                                              "done; a higher limit continues it")
+            return EXIT_DONE
+        return Training(config, corpus, run, world, interruption).run()
+
+
+@contextmanager
+def _lost_peers_are_told() -> Iterator[None]:
+    """A collective that fails means that another rank is gone or hung: say that, in place of the transport's words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error).lower() for word in _PEER_LOST):
+            raise
+        raise RankError(f"another rank is gone or hung ({str(error).strip().splitlines()[0]})",
+                        fix="see what it said; the same command continues from the last checkpoint") from error
+
+
+class Training:
+    """One start of a run: from its last checkpoint to its end, or to an interruption."""
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, run: OpenRun, world: World,
+                 interruption: Interruption) -> None:
+        self.config, self.world, self.interruption = config, world, interruption
+        self.state, self.log, self.total_steps, self.checkpoints = run.state, run.log, run.total_steps, run.checkpoints
+        cls_id, batch = corpus.vocab[CLS], config.batch
+        self.engine = Engine(config, corpus.vocab, world)
+        self.loader = Loader(corpus.train, config.objective.collate_config(), cls_id=cls_id, seed=config.train.seed,
+                             global_batch_size=batch.global_batch_size, micro_batch_size=batch.micro_batch_size,
+                             rank=world.rank, world_size=world.world_size, workers=config.data.workers)
+        self.held_out = HeldOut(corpus.valid, config, cls_id, world) if corpus.valid is not None else None
+        self.window = Window(self.state.window, metric_names(config.objective))
+        if world.is_first:
+            write_bytes(run.path / DEEPSPEED, json.dumps(self.engine.json, indent=1).encode() + b"\n")
+        self._begin(corpus)
+
+    def _begin(self, corpus: Corpus) -> None:
+        """Load the checkpoint; of a new run, measure where it starts from."""
+        facts: dict[str, Any] = {"step": self.state.step, "total_steps": self.total_steps,
+                                 "world_size": self.world.world_size, "precision": self.engine.precision}
+        if self.state.step:
+            checkpoint.load(self.engine, self.checkpoints, self.state, self.world)
+            self.log.event("resume", f"continuing from step {self.state.step} of {self.total_steps}", **facts)
+            return
+        self.log.event("start", f"training {self.total_steps} steps on {self.world.world_size} rank(s)", **facts)
+        if self.held_out is not None:
+            self.state.gene_mean_loss = self.held_out.gene_mean_loss(corpus.train, len(corpus.vocab))
+            self.log.event("gene_mean", loss_gene_mean=self.state.gene_mean_loss)
+            self._validate()
+
+    def run(self) -> int:
+        """Train to the end of the run (exit code 0), or until a signal or the time limit (75, after a checkpoint)."""
+        settings = self.config.train
+        with self.loader.batches(self.state.step) as steps:
+            for step in steps:
+                stop = self._learn(step)
+                done = self.state.step == self.total_steps
+                if self.state.step % settings.log_every == 0 or done:
+                    self._tell(steps)
+                if self.state.step % settings.eval_every == 0 or done:
+                    self._validate()
+                improved = self.state.best_step == self.state.step
+                if self.state.step % settings.save_every == 0 or improved or stop or done:
+                    self._save()
+                if done:
+                    self.log.event("finished", f"finished after {self.state.step} steps", step=self.state.step)
+                    return EXIT_DONE
+                if stop:
+                    reason = next(reason for reason in self.world.gather(self.interruption.reason) if reason)
+                    self.log.event("interrupted", f"interrupted after step {self.state.step} ({reason}); "
+                                                  "the same command continues", step=self.state.step, reason=reason)
+                    return EXIT_INTERRUPTED
+        raise AssertionError("the loader of a training is endless")
+
+    def _learn(self, step: GlobalStep) -> bool:
+        """One optimizer step; whether any rank asks to stop after it."""
+        asks = self.interruption.reason is not None
+        n_targets, n_tokens, n_asking = self.world.sum(torch.tensor([step.n_targets, step.n_tokens, asks])).tolist()
+        lr = learning_rate(self.state.step + 1, lr=self.config.optimizer.lr, schedule=self.config.schedule,
+                           total_steps=self.total_steps)
+        sums = [self.engine.train(to_tensors(batch, self.world.device), step=self.state.step, micro_batch=number,
+                                  count=n_targets, lr=lr)
+                for number, batch in zip(step.numbers, step.micro_batches, strict=True)]
+        self.state.step += 1
+        self.state.cells_seen += step.n_cells
+        self.state.tokens_seen += n_tokens
+        self.window.add(torch.stack(sums).sum(0), n_targets=n_targets, n_cells=step.n_cells, n_tokens=n_tokens, lr=lr)
+        return bool(n_asking)
+
+    def _tell(self, steps: Prefetch[GlobalStep]) -> None:
+        """Write the means since the last row."""
+        row = self.window.row(self.world, steps.wait_s)
+        self.log.row({"step": self.state.step, "split": "train", **row, "grad_norm": self.engine.grad_norm,
+                      "cells_seen": self.state.cells_seen, "tokens_seen": self.state.tokens_seen})
+
+    def _validate(self) -> None:
+        """Measure on the held-out cells; remember the best step."""
+        if self.held_out is None:
+            return
+        started = time.perf_counter()
+        means = self.held_out.loss(self.engine)
+        self.state.last_valid = {"step": self.state.step, **means}
+        if self.state.step and (self.state.best_loss is None or means["loss_expression"] < self.state.best_loss):
+            self.state.best_loss, self.state.best_step = means["loss_expression"], self.state.step
+        seconds = time.perf_counter() - started
+        self.window.exclude(seconds)
+        self.log.row({"step": self.state.step, "split": self.config.data.valid_split, **means,
+                      "loss_gene_mean": self.state.gene_mean_loss, "eval_s": seconds})
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        self.state.window = self.window.reduced(self.world)
+        checkpoint.save(self.engine, self.checkpoints, self.state, self.world, keep_last=self.config.train.keep_last)
+        seconds = time.perf_counter() - started
+        self.window.exclude(seconds)
+        self.log.event("checkpoint", step=self.state.step, seconds=round(seconds, 3), best=self.state.best_step)

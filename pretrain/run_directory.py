@@ -1,0 +1,163 @@
+"""A run's directory: made or opened, held against the configuration and the corpus, locked by every rank.
+
+    config.yaml (resolved)  deepspeed.json  vocab.json  metrics.jsonl  events.jsonl  checkpoints/  ranks/  wandb/
+"""
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pretrain import checkpoint
+from pretrain.checkpoint import RunState
+from pretrain.config import TrainConfig, differences
+from pretrain.engine import resolve_precision
+from pretrain.metrics import RunLog, say
+from pretrain.recovery import hold_rank
+from pretrain.world import World
+from scgpt.config import load_config
+from scgpt.data import TokenDataset
+from scgpt.errors import ConfigError
+from scgpt.files import TEMPORARY_PREFIX, remove, write_bytes
+from scgpt.vocab import CLS, PAD, GeneVocab
+
+CONFIG, DEEPSPEED, VOCAB, CHECKPOINTS = "config.yaml", "deepspeed.json", "vocab.json", "checkpoints"
+_PACKAGES = ("scgpt-pretrain", "torch", "deepspeed", "numpy", "numba")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run learns from."""
+
+    train: TokenDataset
+    valid: TokenDataset | None   # None: no validation
+    vocab: GeneVocab
+
+    @classmethod
+    def open(cls, config: TrainConfig) -> "Corpus":
+        """Open the corpus of a configuration.
+
+        Raises DataError for what is no corpus or lacks a split, ConfigError for one whose vocabulary cannot serve.
+        """
+        train = TokenDataset.open(config.data.corpus, "train")
+        if not len(train):
+            raise ConfigError("the corpus has no cell to train on", where=str(config.data.corpus),
+                              fix="give another corpus, or build it with other filters and splits")
+        name = config.data.valid_split
+        valid = TokenDataset.open(config.data.corpus, name) if name is not None else None
+        missing = [token for token in (CLS, PAD) if token not in train.vocab]
+        if missing:
+            raise ConfigError(f"the corpus's vocabulary lacks {' and '.join(missing)}", where=str(config.data.corpus),
+                              fix="build the corpus with a vocabulary that holds them")
+        return cls(train, valid if valid is not None and len(valid) else None, train.vocab)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint and a release say of it."""
+        manifest = self.train.manifest
+        return {"sha256": manifest.sha256, "vocab_sha256": manifest.vocab.sha256, "vocab": manifest.vocab.name,
+                "expression_kind": manifest.expression_kind,
+                "splits": {name: {"cells": split.cells, "tokens": split.tokens} for name, split in manifest.splits.items()},
+                "sources": [{"name": source.name, "cells_in": source.cells_in, "cells_written": source.cells_written}
+                            for source in manifest.sources]}
+
+
+def total_steps(config: TrainConfig, train: TokenDataset) -> int:
+    """Optimizer steps until the first of the limits of `train`; tokens are those of the average step."""
+    limits, n_cells, size = config.train, len(train), config.batch.global_batch_size
+    steps = [limits.max_steps] if limits.max_steps is not None else []
+    if limits.max_epochs is not None:
+        steps.append(math.ceil(limits.max_epochs * n_cells / size))
+    if limits.max_tokens is not None:
+        tokens = (train.lengths.clip(max=config.objective.context_length - 1) + 1).sum()
+        steps.append(math.ceil(limits.max_tokens / (tokens / n_cells * size)))
+    return max(1, min(steps))
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run directory that this start holds."""
+
+    path: Path
+    state: RunState      # of the newest valid checkpoint; at step 0 for a new run
+    log: RunLog
+    total_steps: int
+
+    @property
+    def checkpoints(self) -> Path:
+        """Their folder."""
+        return self.path / CHECKPOINTS
+
+
+@contextmanager
+def open_run(config: TrainConfig, path: Path, corpus: Corpus, world: World) -> Iterator[OpenRun]:
+    """Make the directory, or open it to continue the run in it. All ranks call it.
+
+    Raises ConfigError where it holds something else, or a run with another configuration or corpus; CheckpointError where
+    ranks of another start hold it.
+    """
+    world.of_first(lambda: _claim(path))
+    with hold_rank(path, world, tell=say):
+        total = total_steps(config, corpus.train)
+        world.of_first(lambda: _check_same(config, path))
+        log = RunLog(path, config, total_steps=total, first=world.is_first)
+        try:
+            state = world.of_first(lambda: _restore(path, corpus, log))
+            if state.step == 0:
+                _begin(state, config, corpus, world)
+            state.config = config.model_dump(mode="json")
+            yield OpenRun(path, state, log, total)
+        except BaseException as error:
+            log.event("failed", error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            log.close()
+
+
+def _claim(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        found = sorted(part.name for part in path.iterdir())
+        if found and not {CONFIG, "ranks"} & set(found):
+            raise ConfigError(f"the output directory holds something else: {found[0]}", where=str(path),
+                              fix="give a new directory, or that of a run to continue")
+        (path / CHECKPOINTS).mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the run directory cannot be made: {error.strerror}", where=str(path),
+                          fix="give a directory that you may write to") from error
+
+
+def _check_same(config: TrainConfig, path: Path) -> None:
+    saved = path / CONFIG
+    if saved.is_file():
+        before = load_config(TrainConfig, saved, kind="pretrain")
+        found = differences(before.model_dump(mode="json"), config)
+        if found:
+            raise ConfigError(f"the run was started with another configuration ({'; '.join(found)})", where=str(saved),
+                              fix="give the same values to continue it, or another --out to start a new run")
+    write_bytes(saved, config.to_yaml().encode())
+
+
+def _restore(path: Path, corpus: Corpus, log: RunLog) -> RunState:
+    """Rank 0: the newest valid checkpoint's state, or a new one; what a killed start left behind is told and removed."""
+    checkpoints = path / CHECKPOINTS
+    state, skipped = checkpoint.newest_valid(checkpoints)
+    for text in skipped:
+        log.event("checkpoint_skipped", f"checkpoint {text}")
+    for left_over in checkpoints.glob(f"{TEMPORARY_PREFIX}*"):
+        remove(left_over)
+    if state is None:
+        write_bytes(path / VOCAB, corpus.vocab.to_bytes())
+        return RunState()
+    if state.corpus["sha256"] != corpus.train.manifest.sha256:
+        raise ConfigError("the corpus is not the one that the run was started with", where=str(corpus.train.path),
+                          fix="give data.corpus=DIR of that corpus, or another --out to start a new run")
+    return state
+
+
+def _begin(state: RunState, config: TrainConfig, corpus: Corpus, world: World) -> None:
+    state.world_size, state.zero_stage = world.world_size, config.deepspeed.zero_stage
+    state.precision = resolve_precision(config.train.precision, world.device)
+    state.corpus = corpus.facts()
+    state.versions = {name: version(name) for name in _PACKAGES}

@@ -1,0 +1,60 @@
+"""Train: `deepspeed [launcher options] pretrain/train.py CONFIG [key=value ...] --out RUN`, or `scgpt train` alone."""
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":   # run as a script, its folder comes first: `pretrain` is found beside it, not in it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import os
+import traceback
+from collections.abc import Sequence
+
+from scgpt.errors import ConfigError, ScgptError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, train; the exit code: 0 done, 1 failed, 2 wrong configuration, 75 interrupted with a checkpoint.
+
+    A failure is one sentence on stderr, from rank 0 or from the rank that has it alone.
+    """
+    parser = argparse.ArgumentParser(prog="pretrain/train.py", description=__doc__)
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one that ships")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings on top of it")
+    parser.add_argument("--out", type=Path, metavar="RUN", help="run directory; an interrupted run is continued")
+    parser.add_argument("--print-deepspeed-config", action="store_true", help="print what DeepSpeed is given, and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)   # the launcher's; LOCAL_RANK says the same
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_intermixed_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        return _run(args)
+    except ScgptError as error:
+        from pretrain.world import RankError
+
+        if args.debug:
+            traceback.print_exc()
+        if rank == 0 or isinstance(error, RankError):
+            sys.stderr.write(f"error: {f'rank {rank}: ' if rank else ''}{error}\n")
+        return error.exit_code
+
+
+def _run(args: argparse.Namespace) -> int:
+    from pretrain.config import TrainConfig
+    from scgpt.config import load_config
+
+    config = load_config(TrainConfig, args.config, args.overrides, kind="pretrain")
+    if args.print_deepspeed_config:
+        from pretrain.engine import describe_json
+
+        sys.stdout.write(describe_json(config, int(os.environ.get("WORLD_SIZE", "1"))) + "\n")
+        return 0
+    if args.out is None:
+        raise ConfigError("there is no run directory", where="command line", fix="give --out RUN")
+    from pretrain.loop import train
+
+    return train(config, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,6 +5,7 @@ the mapped file. Nothing here unpickles more than tensors.
 """
 import json
 import pickle
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Literal
@@ -47,7 +48,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # torch warns of foreign pickles before it refuses them
+                warnings.simplefilter("ignore")
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"the weights cannot be read: {error.strerror or error}", where=str(path),
                               fix=fix) from error

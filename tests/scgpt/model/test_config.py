@@ -1,0 +1,78 @@
+"""ModelConfig: its count equals torch's, args.json and back, what does not fit together."""
+import json
+
+import pytest
+import torch
+
+from scgpt.config import Config, validate
+from scgpt.errors import ConfigError
+from scgpt.model.build import build_model
+from scgpt.model.config import ModelConfig
+from scgpt.vocab import GeneVocab
+
+VOCAB = GeneVocab(["<pad>", "<cls>", *(f"g{i}" for i in range(40))])
+SIZES = {"n_layers": 2, "d_model": 24, "n_heads": 3, "d_hid": 20}
+VARIANTS = [
+    {}, {"layers": "torch"}, {"layers": "linear"}, {"n_cls": 5, "n_layers_cls": 2}, {"mvc": False}, {"pre_norm": True},
+    {"mvc_decoder_style": "concat query"}, {"mvc_decoder_style": "sum query"},
+    {"explicit_zero_prob": True, "use_batch_labels": True, "n_batch_labels": 4, "dab": True},
+    {"input_emb_style": "category", "n_input_bins": 53}, {"input_emb_style": "scaling"},
+    {"domain_spec_batchnorm": "batchnorm", "n_batch_labels": 3}, {"domain_spec_batchnorm": True, "n_batch_labels": 3},
+    {"domain_spec_batchnorm": "do_affine", "n_batch_labels": 3},
+    {"generative": True}, {"generative": True, "n_cls": 3},
+    {"generative": True, "domain_spec_batchnorm": "do_affine", "n_batch_labels": 3},
+    {"generative": True, "domain_spec_batchnorm": "batchnorm", "n_batch_labels": 3},
+    {"kind": "generator"}, {"kind": "generator", "explicit_zero_prob": True, "decoder_activation": "Softplus"},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_count_of_parameters_is_torchs(variant):
+    config = ModelConfig(**SIZES, **variant)
+    model = build_model(config, VOCAB, device="meta")
+    assert config.count_parameters(len(VOCAB)) == sum(p.numel() for p in model.parameters())
+    assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_args_json_and_back(variant):
+    config = ModelConfig(**SIZES, **variant, dropout=0.1, attention_dropout=0.0)
+    assert ModelConfig.from_args(json.loads(json.dumps(config.to_args()))) == config
+
+
+def test_published_release_is_read_by_upstreams_names():
+    config = ModelConfig.from_args({
+        "nlayers": 12, "nheads": 8, "embsize": 512, "d_hid": 512, "dropout": 0.2, "n_layers_cls": 3, "lr": 1e-4,
+        "input_emb_style": "continuous", "n_bins": 51, "MVC": True, "USE_GENERATIVE_TRAINING": True, "fp16": True})
+    assert (config.n_layers, config.n_heads, config.d_model, config.generative, config.mvc) == (12, 8, 512, True, True)
+    # 60,697 genes: the size that the paper gives for the whole-human model, 51 million
+    assert round(config.count_parameters(60_697) / 1e6) == 51
+
+
+def test_args_json_without_a_size_is_refused():
+    with pytest.raises(ConfigError, match="embsize"):
+        ModelConfig.from_args({"nheads": 8, "d_hid": 512, "nlayers": 12})
+
+
+@pytest.mark.parametrize(("variant", "word"), [
+    ({"n_heads": 5}, "n_heads"), ({"input_emb_style": "category"}, "n_input_bins"), ({"dab": True}, "n_batch_labels"),
+    ({"generative": True, "layers": "torch"}, "generative"), ({"pre_norm": True, "layers": "torch"}, "pre_norm"),
+    ({"dropout": 1.0}, "dropout")])
+def test_what_does_not_fit_together_is_refused(variant, word):
+    with pytest.raises(ConfigError, match=word):
+        validate(ModelConfig, SIZES | variant)
+
+
+def test_config_is_one_of_ours_and_decides_the_pad_value():
+    assert issubclass(ModelConfig, Config)
+    assert ModelConfig().pad_value == -2
+    assert ModelConfig(input_emb_style="category", n_input_bins=53).pad_value == 51
+
+
+def test_same_seed_builds_the_same_model_and_the_device_is_respected():
+    config, states = ModelConfig(**SIZES), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        states.append(build_model(config, VOCAB).state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not any(x.is_meta for x in states[0].values())

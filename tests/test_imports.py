@@ -44,10 +44,11 @@ def modules(package: str) -> list[Path]:
 def imports(path: Path, *, top_level_only: bool = False) -> Iterator[tuple[str, int]]:
     """Dotted names that a module imports, with lines; `from a import b` gives `a` and `a.b`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-              for node in ast.walk(function)}
+    inside = {id(node) for block in ast.walk(tree)
+              if isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef) or _is_type_checking(block)
+              for node in ast.walk(block)}
     for node in ast.walk(tree):
-        if top_level_only and (id(node) in inside or _is_type_checking(node)):
+        if top_level_only and id(node) in inside:
             continue
         if isinstance(node, ast.Import):
             yield from ((name.name, node.lineno) for name in node.names)

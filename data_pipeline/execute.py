@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from data_pipeline.build_dir import BuildDir, Record, claim, finished
 from data_pipeline.cells import SPLITS
@@ -67,6 +67,7 @@ def build(config: CorpusConfig, out: Path, *, ray_address: str | None = None, fr
     Raises ScgptError: see make_plan and claim; SourceError when a source turns out to be damaged.
     """
     require_extra("ray", "data")
+    out = out.absolute()   # workers have working directories of their own
     progress = progress or Progress()
     seconds: dict[str, float] = {}
     with _timed(seconds, "plan"):
@@ -76,35 +77,35 @@ def build(config: CorpusConfig, out: Path, *, ray_address: str | None = None, fr
         if complete is not None:
             return BuildResult(verify_corpus(out), {})
         with _ray(ray_address or os.environ.get("RAY_ADDRESS"), directory) as workers, progress:
-            hashes, blocks, shards = _execute(directory, plan, workers, progress, seconds)
+            hashes, blocks, shards = carry_out(directory, plan, workers, progress, seconds)
         with _timed(seconds, "commit"), _disk_errors(out):
             manifest = commit(directory, plan, hashes=hashes, blocks=blocks, shards=shards,
                               timing={"seconds": {name: round(value, 3) for name, value in seconds.items()}})
     return BuildResult(manifest, seconds)
 
 
-def _execute(directory: BuildDir, plan: Plan, workers: "_Workers", progress: Progress, seconds: dict[str, float],
+def carry_out(directory: BuildDir, plan: Plan, workers: "Workers", progress: Progress, seconds: dict[str, float],
              ) -> tuple[list[str], list[Record], dict[str, list[Record]]]:
     """Both passes: (sha256 of each source, result of each block, results of the shards of each split)."""
     layout = Layout(directory, plan.config, plan.n_values, tuple(plan.splits[name].n_shards for name in SPLITS))
     with _timed(seconds, "tokenise"):
-        jobs = [_Job(source_task(number), 1, (number, source)) for number, source in enumerate(plan.sources)]
-        hashed = workers.run("hash", hash_source, layout, jobs, "files", progress)
         shared = [workers.share(source) for source in plan.sources]
         cut = _sources_to_cut(plan)
         if cut:
-            jobs = [_Job(cut_task(number), 1, (number, shared[number], firsts)) for number, firsts in cut.items()]
-            workers.run("cut", cut_source, layout, jobs, "files", progress)
-        jobs = [_Job(block_task(block), block.last - block.first, (
+            workers.run("cut", layout, [Job(cut_source, cut_task(number), 1, (number, shared[number], firsts))
+                                        for number, firsts in cut.items()], "files", progress)
+        jobs = [Job(hash_source, source_task(number), 0, (number, source)) for number, source in enumerate(shared)]
+        jobs += [Job(tokenize_to_run, block_task(block), block.last - block.first, (
             block, shared[block.source], cut_folder(directory, block.source) if block.source in cut else None))
-                for block in plan.blocks]
-        blocks = workers.run("tokenise", tokenize_to_run, layout, jobs, "cells", progress)
+                 for block in plan.blocks]
+        done = workers.run("tokenise", layout, jobs, "cells", progress)
+        hashed, blocks = done[:len(shared)], done[len(shared):]
     tasks = shard_tasks(plan.sources, plan.blocks, blocks)
     value_type = expression_dtype(integer=all(block["integer"] for block in blocks),
                                   largest=max(block["largest"] for block in blocks)).name
     with _timed(seconds, "merge"):
-        jobs = [_Job(shard_task(task), 1, (task, value_type)) for task in tasks]
-        merged = workers.run("merge", merge_to_shard, layout, jobs, "shards", progress)
+        jobs = [Job(merge_to_shard, shard_task(task), 1, (task, value_type)) for task in tasks]
+        merged = workers.run("merge", layout, jobs, "shards", progress)
     shards: dict[str, list[Record]] = {name: [] for name in SPLITS}
     for task, record in zip(tasks, merged, strict=True):
         shards[task.split].append(record)
@@ -121,29 +122,39 @@ def _sources_to_cut(plan: Plan) -> dict[int, list[int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """One call of a task function: `function(layout, *arguments)`."""
+class Job:
+    """One call of a task: `function(layout, *arguments)`."""
 
+    function: Callable[..., Record]
     task: str                     # name of its record
     units: int                    # what it adds to the progress
     arguments: tuple[Any, ...]
 
 
-class _Workers:
-    """Ray, as the two passes need it."""
+class Workers(Protocol):
+    """Whoever runs the tasks of a pass."""
+
+    def share(self, value: object) -> Any:
+        """Put a small value where every task can get it, once instead of with each call."""
+
+    def run(self, stage: str, layout: Layout, jobs: Sequence[Job], unit: str, progress: Progress) -> list[Record]:
+        """The result of each job, in their order: found finished, or done now."""
+
+
+class RayWorkers:
+    """The tasks of a pass on Ray; a bounded number is with Ray at once."""
 
     def __init__(self, ray: Any, out: Path) -> None:
         self._ray, self._out = ray, out
         self._in_flight = _IN_FLIGHT * max(int(ray.cluster_resources().get("CPU", 1)), 1)
 
     def share(self, value: object) -> Any:
-        """Put a small value where every task can get it, once instead of with each call."""
+        """See Workers."""
         return self._ray.put(value)
 
-    def run(self, stage: str, function: Callable[..., Record], layout: Layout, jobs: Sequence[_Job], unit: str,
-            progress: Progress) -> list[Record]:
-        """The result of each job, in their order: found finished, or done now; a bounded number is with Ray at once."""
-        remote = self._ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_find_or_do)
+    def run(self, stage: str, layout: Layout, jobs: Sequence[Job], unit: str, progress: Progress) -> list[Record]:
+        """See Workers. Raises what a task raised: the others are cancelled."""
+        remote = self._ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(find_or_do)
         shared = self.share(layout)
         progress.start(stage, sum(job.units for job in jobs), unit)
         results: dict[int, Record] = {}
@@ -152,7 +163,7 @@ class _Workers:
         try:
             while len(results) < len(jobs):
                 for number, job in _take(waiting, self._in_flight - len(pending)):
-                    pending[remote.remote(function, shared, job.task, *job.arguments)] = number
+                    pending[remote.remote(job.function, shared, job.task, *job.arguments)] = number
                 for reference in self._ray.wait(list(pending), num_returns=1)[0]:
                     number = pending[reference]
                     results[number] = self._result(reference)
@@ -180,19 +191,19 @@ class _Workers:
                                 "lower shards.max_bytes or start fewer workers") from error
 
 
-def _find_or_do(function: Callable[..., Record], layout: Layout, task: str, *arguments: object) -> Record:
+def find_or_do(function: Callable[..., Record], layout: Layout, task: str, *arguments: object) -> Record:
     """In a worker: the record of a finished task whose files are whole, else that of doing it."""
     record = layout.build.read_record(task)
     return function(layout, *arguments) if record is None else record
 
 
-def _take(items: Iterator[tuple[int, _Job]], number: int) -> Iterator[tuple[int, _Job]]:
+def _take(items: Iterator[tuple[int, Job]], number: int) -> Iterator[tuple[int, Job]]:
     for _, item in zip(range(number), items, strict=False):
         yield item
 
 
 @contextmanager
-def _ray(address: str | None, directory: BuildDir) -> Iterator[_Workers]:
+def _ray(address: str | None, directory: BuildDir) -> Iterator[RayWorkers]:
     """Join the Ray cluster at `address`, or start one on this machine that ends, and leaves nothing, with the block."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")   # only silences a warning
@@ -205,14 +216,14 @@ def _ray(address: str | None, directory: BuildDir) -> Iterator[_Workers]:
     import ray
 
     if ray.is_initialized():   # inside a program that has its own
-        yield _Workers(ray, directory.out)
+        yield RayWorkers(ray, directory.out)
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
         ray.init(address=address, **options)
         try:
             _probe(ray, directory)
-            yield _Workers(ray, directory.out)
+            yield RayWorkers(ray, directory.out)
         finally:
             ray.shutdown()
         return
@@ -220,7 +231,7 @@ def _ray(address: str | None, directory: BuildDir) -> Iterator[_Workers]:
         ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), num_gpus=0, include_dashboard=False,
                  object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=str(folder), **options)
         try:
-            yield _Workers(ray, directory.out)
+            yield RayWorkers(ray, directory.out)
         finally:
             ray.shutdown()
 

@@ -6,9 +6,7 @@ differentiated again. Rejected: FlexAttention (a block mask for every batch cost
 tensors (20x slower on a CPU).
 
 The generative rule needs no mask: every query attends to the perception keys of its cell in one rectangular unmasked
-attention, and a generation query's own key is merged through the log-sum-exp. With l the log-sum-exp over perception
-keys and s the own logit: L = log(e^l + e^s), out = e^(l-L) out_perception + e^(s-L) v_own. The backward hands (out, L)
-to the kernel, as ring attention does, and adds the own key's term: p = e^(s-L), ds = p (grad . v_own - grad . out).
+attention, and a generation query's own key is merged afterwards (`scgpt.model.own_key`).
 """
 import functools
 from typing import NamedTuple
@@ -18,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from scgpt.errors import ConfigError
+from scgpt.model import own_key
 from scgpt.model.attention_kernels import (
     Kernel,
     MathKernel,
@@ -137,7 +136,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor
     cells = Segments(cu_q, cu_k, int(max_q), int(max_k))
     out, lse, rng = _kernel(q, dropout_p, backend).forward(q, k, v, cells, dropout_p, seed)
     if own_k is not None and own_v is not None and is_own is not None:
-        out, lse = _merge_own(out, lse, q, own_k, own_v, is_own, _own_kept(lse, dropout_p, seed))
+        out, lse = own_key.merge(out, lse, q, own_k, own_v, is_own, own_key.draw_kept(lse, dropout_p, seed))
     return out, lse, rng
 
 
@@ -156,7 +155,7 @@ def _packed_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, own_k: Tenso
                                                     deterministic=deterministic)
     if own_k is None or own_v is None or is_own is None:
         return *grads, q.new_empty(0), q.new_empty(0)
-    own = _own_backward(grad, q, own_k, own_v, out, lse, is_own, _own_kept(lse, dropout_p, seed))
+    own = own_key.differentiate(grad, q, own_k, own_v, out, lse, is_own, own_key.draw_kept(lse, dropout_p, seed))
     return grads[0] + own[0], grads[1], grads[2], own[1], own[2]
 
 
@@ -190,8 +189,8 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, is_key: Tensor, is_own: Tensor | No
     out, lse, rng = _kernel(q, dropout_p, backend).forward(query, rows.keys(k), rows.keys(v), rows.cells, dropout_p,
                                                            seed)
     if rows.is_own is not None:
-        out, lse = _merge_own(out, lse, query, rows.queries(k), rows.queries(v), rows.is_own,
-                              _own_kept(lse, dropout_p, seed))
+        out, lse = own_key.merge(out, lse, query, rows.queries(k), rows.queries(v), rows.is_own,
+                                 own_key.draw_kept(lse, dropout_p, seed))
     return rows.spread(out, q), rows.spread(lse, q), rng
 
 
@@ -212,8 +211,8 @@ def _padded_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, is_key: Tens
                                                     deterministic=deterministic)
     grad_q, grad_k, grad_v = rows.spread(grads[0], q), rows.spread_keys(grads[1], k), rows.spread_keys(grads[2], v)
     if rows.is_own is not None:
-        own = _own_backward(query_grad, query, rows.queries(k), rows.queries(v), saved.out, saved.lse, rows.is_own,
-                            _own_kept(saved.lse, dropout_p, seed))
+        own = own_key.differentiate(query_grad, query, rows.queries(k), rows.queries(v), saved.out, saved.lse,
+                                    rows.is_own, own_key.draw_kept(saved.lse, dropout_p, seed))
         grad_q, grad_k, grad_v = (whole + rows.spread(part, whole)
                                   for whole, part in zip((grad_q, grad_k, grad_v), own, strict=True))
     return grad_q, grad_k, grad_v
@@ -289,41 +288,3 @@ def _spread(rows: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
         whole = rows.new_zeros(like.shape[0] * like.shape[1], *rows.shape[1:])
         rows = whole.index_copy_(0, index, rows)
     return rows.reshape(*like.shape[:2], *rows.shape[1:]).contiguous()
-
-
-def _own_kept(lse: Tensor, dropout_p: float, seed: Tensor) -> Tensor | float:
-    """What each query's probability of its own key is multiplied with: 0 or 1 / (1 - p), (queries, heads)."""
-    if dropout_p == 0.0:
-        return 1.0
-    generator = torch.Generator(lse.device).manual_seed(int(seed) + 1)
-    draws = torch.rand(lse.shape, generator=generator, device=lse.device)
-    return (draws >= dropout_p).to(lse.dtype) / (1.0 - dropout_p)
-
-
-def _own_logits(q: Tensor, own_k: Tensor, is_own: Tensor, dtype: torch.dtype) -> Tensor:
-    logits: Tensor = (q.to(dtype) * own_k.to(dtype)).sum(-1) * float(q.shape[-1] ** -0.5)
-    return logits.masked_fill(~is_own.unsqueeze(-1), -torch.inf)
-
-
-def _merge_own(out: Tensor, lse: Tensor, q: Tensor, own_k: Tensor, own_v: Tensor, is_own: Tensor,
-               kept: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Add each generation query's own key to an attention over its cell's perception keys."""
-    logits = _own_logits(q, own_k, is_own, lse.dtype)
-    merged = torch.logaddexp(lse, logits)
-    empty = merged == -torch.inf  # neither a perception key nor an own one
-    others, own = ((x - merged).exp().masked_fill(empty, 0.0) for x in (lse, logits))
-    total = others.unsqueeze(-1) * out.to(lse.dtype) + (own * kept).unsqueeze(-1) * own_v.to(lse.dtype)
-    return total.to(out.dtype), merged
-
-
-def _own_backward(grad: Tensor, q: Tensor, own_k: Tensor, own_v: Tensor, out: Tensor, lse: Tensor, is_own: Tensor,
-                  kept: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-    """The own key's share of the gradients of q, k and v."""
-    dtype = lse.dtype
-    logits = _own_logits(q, own_k, is_own, dtype)
-    probability = (logits - lse).exp().masked_fill(~is_own.unsqueeze(-1), 0.0)
-    grad_, q_, k_, v_, out_ = (x.to(dtype) for x in (grad, q, own_k, own_v, out))
-    grad_logits = probability * (kept * (grad_ * v_).sum(-1) - (grad_ * out_).sum(-1)) * q.shape[-1] ** -0.5
-    grad_v = (probability * kept).unsqueeze(-1) * grad_
-    return ((grad_logits.unsqueeze(-1) * k_).to(q.dtype), (grad_logits.unsqueeze(-1) * q_).to(q.dtype),
-            grad_v.to(q.dtype))

@@ -141,7 +141,8 @@ class SdpaKernel:
     """torch's fused CPU attention, called once a cell on views of the packed rows: the fastest exact path measured.
 
     Cells of equal lengths go through one call. Measured for 16 cells of 361 to 1,048 tokens, 8 heads of 64, 2 cores:
-    forward 122 ms, against 241 ms for one padded call with a key mask.
+    forward 122 ms, against 241 ms for one padded call with a key mask; a softmax written out with batched products took
+    3 to 10 times as long.
     """
 
     name = "sdpa"

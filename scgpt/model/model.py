@@ -180,13 +180,7 @@ class TransformerModel(CellEncoder):
             output["loss_ecs"] = elastic_cell_similarity(cell_emb, self.ecs_threshold)
         if self.do_dab:
             output["dab_output"] = self.grad_reverse_discriminator(cell_emb)
-        if generative_training and not isinstance(src, PackedTensors):
-            n_perception = src.shape[1]
-            predictions = output.pop("mlm_output")
-            output["pcpt_preds"], output["gen_preds"] = predictions[:, :n_perception], predictions[:, n_perception:]
-            if self.explicit_zero_prob:
-                output["zero_probs"] = output.pop("mlm_zero_probs")
-        return output
+        return output if isinstance(src, PackedTensors) or not generative_training else _in_parts(output, src.shape[1])
 
     def _check_generative(self) -> None:
         if not self.use_generative_training:
@@ -281,6 +275,15 @@ class TransformerModel(CellEncoder):
             parts.append(output.float().cpu() if output_to_cpu or return_np else output.float())
         whole = torch.cat(parts)
         return whole.numpy() if return_np else whole
+
+
+def _in_parts(output: dict[str, Tensor], n_perception: int) -> dict[str, Tensor]:
+    """Upstream's keys of a generative forward over padded rows."""
+    predictions = output.pop("mlm_output")
+    output["pcpt_preds"], output["gen_preds"] = predictions[:, :n_perception], predictions[:, n_perception:]
+    if "mlm_zero_probs" in output:
+        output["zero_probs"] = output.pop("mlm_zero_probs")
+    return output
 
 
 def generate_square_subsequent_mask(sz: int) -> Tensor:

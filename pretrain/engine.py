@@ -123,7 +123,7 @@ class Engine:
         quiet_deepspeed(world.device)
         import deepspeed
 
-        from scgpt.model import build_model
+        from scgpt.model.build import build_model
 
         self.precision = resolve_precision(config.train.precision, world.device)
         self.json = deepspeed_json(config, world_size=world.world_size, precision=self.precision,

@@ -204,12 +204,13 @@ class Window:
         return self._rows
 
     def row(self, world: World, waited_s: float) -> dict[str, float]:
-        """The metrics of the window, which begins anew: means over its steps, rates over all ranks.
+        """The metrics of the window, which begins anew: means over its hidden positions, rates over all ranks.
 
         `waited_s` is what the loader has waited since it was made.
         """
         rows = self.reduced(world)
-        means = {name: sum(row[1 + i] / max(1.0, row[0]) for row in rows) / len(rows)
+        n_targets = max(1.0, sum(row[0] for row in rows))
+        means = {name: sum(row[1 + i] for row in rows) / n_targets
                  for i, name in enumerate(self._names)}
         elapsed_s, steps = time.perf_counter() - self._started, max(1, self._steps)
         row = {"loss": weighted(means), **means, "lr": self._lr, "cells_per_s": self._cells / elapsed_s,

@@ -86,8 +86,8 @@ def hold_rank(run: Path, world: World, *, tell: Callable[[str], None], wait_s: f
     """Hold this rank's kernel lock in RUN/ranks, whose file names its process: `PID HOST`. All ranks call it.
 
     Ranks of an earlier start that still live are waited for, `wait_s` at most (`tell` says so); nothing is written
-    beside them. The kernel drops a lock when its process ends, however it ends. To stop a run, signal the processes that
-    RUN/ranks names.
+    beside them. The kernel drops a lock when its process ends, however it ends. To stop a run, signal the processes
+    that RUN/ranks names.
 
     Raises CheckpointError (every rank) naming the process that still holds the run.
     """
@@ -110,7 +110,7 @@ def _wait_for_others(folder: Path, world: World, wait_s: float, tell: Callable[[
     for path in sorted(folder.glob("rank-*")):
         with path.open("a", encoding="utf-8") as stream:
             if not _try_lock(stream.fileno(), 0.0):
-                tell(f"waiting for process {' on '.join(_read(path).split())}, a rank of the last start that is still there")
+                tell(f"waiting for process {_holder(path)}, a rank of the last start that is still there")
                 if not _try_lock(stream.fileno(), wait_s):
                     _refuse(folder)
         if int(path.name.removeprefix("rank-")) >= world.world_size:
@@ -129,7 +129,11 @@ def _try_lock(descriptor: int, wait_s: float) -> bool:
             time.sleep(_POLL_S)
 
 
+def _holder(path: Path) -> str:
+    return " on ".join(_read(path).split())
+
+
 def _refuse(folder: Path) -> None:
-    holders = ", ".join(f"process {' on '.join(_read(path).split())} ({path.name})" for path in sorted(folder.glob("rank-*")))
+    holders = ", ".join(f"process {_holder(path)} ({path.name})" for path in sorted(folder.glob("rank-*")))
     raise CheckpointError(f"the run is in use: {holders}", where=str(folder.parent),
                           fix="end those processes with `kill`, or wait for them, or give another --out")

@@ -58,7 +58,8 @@ class Corpus:
         manifest = self.train.manifest
         return {"sha256": manifest.sha256, "vocab_sha256": manifest.vocab.sha256, "vocab": manifest.vocab.name,
                 "expression_kind": manifest.expression_kind,
-                "splits": {name: {"cells": split.cells, "tokens": split.tokens} for name, split in manifest.splits.items()},
+                "splits": {name: {"cells": split.cells, "tokens": split.tokens}
+                           for name, split in manifest.splits.items()},
                 "sources": [{"name": source.name, "cells_in": source.cells_in, "cells_written": source.cells_written}
                             for source in manifest.sources]}
 
@@ -94,8 +95,8 @@ class OpenRun:
 def open_run(config: TrainConfig, path: Path, corpus: Corpus, world: World) -> Iterator[OpenRun]:
     """Make the directory, or open it to continue the run in it. All ranks call it.
 
-    Raises ConfigError where it holds something else, or a run with another configuration or corpus; CheckpointError where
-    ranks of another start hold it.
+    Raises ConfigError where it holds something else, or a run with another configuration or corpus; CheckpointError
+    where ranks of another start hold it.
     """
     world.of_first(lambda: _claim(path))
     with hold_rank(path, world, tell=say):
@@ -140,7 +141,7 @@ def _check_same(config: TrainConfig, path: Path) -> None:
 
 
 def _restore(path: Path, corpus: Corpus, log: RunLog) -> RunState:
-    """Rank 0: the newest valid checkpoint's state, or a new one; what a killed start left behind is told and removed."""
+    """Rank 0: the newest valid checkpoint's state, or a new one; what a killed start left is told and removed."""
     checkpoints = path / CHECKPOINTS
     state, skipped = checkpoint.newest_valid(checkpoints)
     for text in skipped:

@@ -61,7 +61,7 @@ class World:
         return total
 
     def of_first(self, make: Callable[[], T]) -> T:
-        """Rank 0 runs `make`, every rank gets its result; where it raises a ScgptError, the others raise RankZeroError."""
+        """Rank 0 runs `make`, every rank gets the result; where it raises a ScgptError, the others a RankZeroError."""
         told: list[Any] = [None, None]
         error: ScgptError | None = None
         if self.is_first:

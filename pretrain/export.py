@@ -1,0 +1,142 @@
+"""A checkpoint of a run to a release, a folder that stock scGPT loads; and the check of a release.
+
+    model.safetensors best_model.pt args.json vocab.json config.json README.md recorded.safetensors SHA256SUMS
+
+Tensors are put together one by one from the shards, so memory does not grow with the ranks. The folder appears under
+its name only when it is whole, and after what is written was read back and has computed its recorded outputs.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from pretrain import checkpoint
+from pretrain.checkpoint import SUMS, RunState, check_sums, sums_bytes
+from pretrain.config import TrainConfig
+from pretrain.release import args_json, config_json, model_card
+from pretrain.run_directory import VOCAB
+from pretrain.shards import Shards
+from scgpt.config import validate
+from scgpt.errors import CheckpointError, ConfigError
+from scgpt.files import json_bytes, publish, sha256, write_bytes
+from scgpt.model.build import build_model
+from scgpt.model.config import ModelConfig
+from scgpt.model.packed import PackedTensors
+from scgpt.model.weights import PT_FILE, SAFETENSORS_FILE, load_state, read_state, write_release_tensors
+from scgpt.vocab import CLS, GeneVocab
+
+RECORDED, ARGS, CONFIG, CARD = "recorded.safetensors", "args.json", "config.json", "README.md"
+_INPUTS = ("gene_ids", "values", "cu_seqlens")
+_OUTPUTS = ("mlm_output", "mvc_output", "cell_emb")
+_RECORDED_CELLS, _RECORDED_TOKENS = 8, 64   # cells of the recorded input, tokens of the longest
+_TOLERANCE = 1e-4   # of an output, relative to the largest: other machines add up in another order
+_FIX = "take the release from where it was published, or export it again"
+
+
+def export(run: Path, out: Path, *, step: str = "best") -> Path:
+    """Write the release of a run's checkpoint to the folder `out`, which must not exist; its path.
+
+    Args:
+        run: run directory.
+        out: folder to make, whole or not at all.
+        step: `best` (lowest validation loss; the newest where there is no validation), `latest` or a step number.
+
+    Raises ConfigError when `out` exists, CheckpointError when the checkpoint is missing, torn or does not fit.
+    """
+    if out.exists():
+        raise ConfigError("the folder of the release exists already", where=str(out),
+                          fix="give another --out, or remove it")
+    if not out.parent.is_dir():
+        raise ConfigError("the folder that should hold the release does not exist", where=str(out.parent),
+                          fix="make it, or give another --out")
+    folder = checkpoint.find(run, step)
+    state = checkpoint.validate(folder)
+    config = validate(TrainConfig, state.config)
+    vocab = _vocab_of(run, state)
+    with publish(out) as building:
+        building.mkdir()
+        _write(building, config, state, vocab, Shards(folder, stage=state.zero_stage, world_size=state.world_size))
+        verify(building)
+    return out
+
+
+def _vocab_of(run: Path, state: RunState) -> GeneVocab:
+    vocab = GeneVocab.from_file(run / VOCAB, default_token=None)
+    if vocab.sha256 != state.corpus["vocab_sha256"]:
+        raise CheckpointError("vocab.json is not the vocabulary that the run was trained with", where=str(run / VOCAB),
+                              fix="restore the file from the corpus")
+    return vocab
+
+
+def _write(folder: Path, config: TrainConfig, state: RunState, vocab: GeneVocab, shards: Shards) -> None:
+    n_parameters = config.model.count_parameters(len(vocab))
+    write_release_tensors(folder, shards.shapes, shards.read)
+    write_bytes(folder / ARGS, json_bytes(args_json(config, state)))
+    write_bytes(folder / VOCAB, vocab.to_bytes())
+    write_bytes(folder / CONFIG, json_bytes(config_json(config, state, n_parameters)))
+    write_bytes(folder / CARD, model_card(config, state, n_parameters, len(vocab)).encode())
+    inputs = _recorded_inputs(vocab, config)
+    write_bytes(folder / RECORDED, save({**inputs, **_outputs(folder, SAFETENSORS_FILE, inputs)}))
+    write_bytes(folder / SUMS, sums_bytes({path.name: sha256(path) for path in folder.iterdir()}))
+
+
+def _recorded_inputs(vocab: GeneVocab, config: TrainConfig) -> dict[str, Tensor]:
+    """Made-up cells: `<cls>`, then genes with bins, some of them hidden. Always the same for a vocabulary."""
+    draw, collating = np.random.default_rng(0), config.objective.collate_config()
+    genes = np.array([index for token, index in vocab.items() if not token.startswith("<")])
+    longest = min(_RECORDED_TOKENS, collating.context_length, len(genes) + 1)
+    lengths = np.linspace(2, longest, _RECORDED_CELLS).astype(np.int32)
+    gene_ids: list[int] = []
+    values: list[float] = []
+    for length in lengths:
+        bins = draw.integers(1, collating.n_bins, length - 1)
+        hidden = draw.random(length - 1) < 0.4
+        gene_ids += [vocab[CLS], *np.sort(draw.choice(genes, length - 1, replace=False)).tolist()]
+        values += [collating.cls_value, *np.where(hidden, collating.mask_value, bins).tolist()]
+    return {"gene_ids": torch.tensor(gene_ids), "values": torch.tensor(values, dtype=torch.float32),
+            "cu_seqlens": torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))}
+
+
+@torch.no_grad()
+def _outputs(folder: Path, weights: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the model in a release computes, in evaluation mode on the CPU: the outputs of _OUTPUTS that it has."""
+    args = json.loads((folder / ARGS).read_bytes())
+    vocab = GeneVocab.from_file(folder / VOCAB, default_token=None)
+    config = ModelConfig.from_args(args)
+    model = build_model(config, vocab, device="meta")
+    load_state(model, read_state(folder / weights), where=str(folder / weights))
+    model.eval()
+    packed = PackedTensors(inputs["gene_ids"], inputs["values"], inputs["cu_seqlens"],
+                           int(inputs["cu_seqlens"].diff().max()))
+    output = model(packed, MVC=config.mvc)
+    return {name: output[name].float().contiguous() for name in _OUTPUTS if name in output}
+
+
+def verify(release: Path) -> dict[str, float]:
+    """Check a release: every file against SHA256SUMS, no other file there, both weight files compute what is recorded.
+
+    Returns the number of `files` and `values_compared`, and the `largest_difference` of an output.
+
+    Raises CheckpointError at the first fault.
+    """
+    if not (release / SUMS).is_file():
+        raise CheckpointError(f"not a release: it has no {SUMS}", where=str(release),
+                              fix="give a folder that `scgpt export RUN --out DIR` has made")
+    sums = check_sums(release, fix=_FIX)
+    missing = {SAFETENSORS_FILE, PT_FILE, ARGS, VOCAB, CONFIG, CARD, RECORDED} - set(sums)
+    if missing:
+        raise CheckpointError(f"the release lacks {', '.join(sorted(missing))}", where=str(release), fix=_FIX)
+    recorded = load_file(release / RECORDED)
+    inputs = {name: recorded[name] for name in _INPUTS}
+    compared, largest = 0, 0.0
+    for weights in (SAFETENSORS_FILE, PT_FILE):
+        for name, output in _outputs(release, weights, inputs).items():
+            difference = float((output - recorded[name]).abs().max())
+            if not difference <= _TOLERANCE * max(1.0, float(recorded[name].abs().max())):
+                raise CheckpointError(f"the model computes another {name} than was recorded (by {difference:.3g})",
+                                      where=str(release / weights), fix=_FIX)
+            compared, largest = compared + output.numel(), max(largest, difference)
+    return {"files": len(sums) + 1, "values_compared": compared, "largest_difference": largest}

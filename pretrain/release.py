@@ -1,0 +1,134 @@
+"""What a release says besides its tensors: args.json as upstream's readers know it, config.json, the model card.
+
+Nothing here names a path of the machine that trained.
+"""
+from typing import Any
+
+from pretrain.checkpoint import RunState
+from pretrain.config import TrainConfig
+from scgpt.vocab import PAD
+
+FORMAT, FORMAT_VERSION = "scgpt-release", 1
+_SCHEDULER_INTERVAL, _SCHEDULER_FACTOR = 100, 0.99   # of upstream's StepLR, which is not used here
+
+
+def args_json(config: TrainConfig, state: RunState) -> dict[str, Any]:
+    """A training's command line as upstream's script would have written it, and the model's own keys."""
+    objective, batch = config.objective, config.batch
+    epochs = state.cells_seen / state.corpus["splits"]["train"]["cells"]
+    valid = state.corpus["splits"].get(config.data.valid_split or "", {"cells": 0})["cells"]
+    return {
+        "data_source": f"corpus {state.corpus['sha256']}", "save_dir": "", "load_model": None, "n_hvg": None,
+        "valid_size_or_ratio": valid, "grad_accu_steps": batch.accumulation(state.world_size), "pad_token": PAD,
+        "input_style": objective.input_style, "input_emb_style": config.model.input_emb_style,
+        "n_bins": objective.n_bins, "max_seq_len": objective.context_length, "training_tasks": objective.task,
+        "mask_ratio": objective.mask_ratio, "trunc_by_sample": True, "vocab_path": "vocab.json", "local_rank": 0,
+        "batch_size": batch.micro_batch_size, "eval_batch_size": batch.micro_batch_size, "epochs": round(epochs, 3),
+        "lr": config.optimizer.lr, "scheduler_interval": _SCHEDULER_INTERVAL, "scheduler_factor": _SCHEDULER_FACTOR,
+        "warmup_ratio_or_step": config.schedule.warmup_steps, "no_cls": True, "no_cce": True,
+        "fp16": state.precision == "fp16", "fast_transformer": config.model.layers != "torch",
+        "log_interval": config.train.log_every, "save_interval": config.train.save_every,
+        "mask_value": objective.collate_config().mask_value, "pad_value": config.model.pad_value,
+        "USE_CLS": False, "USE_CCE": False, "world_size": state.world_size, **config.model.to_args(),
+    }
+
+
+def config_json(config: TrainConfig, state: RunState, n_parameters: int) -> dict[str, Any]:
+    """Everything that decided the weights, and what they score."""
+    settings = config.model_dump(mode="json")
+    settings["data"].pop("corpus")
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, "name": config.model.name, "parameters": n_parameters,
+            "step": state.step, "cells_seen": state.cells_seen, "tokens_seen": state.tokens_seen,
+            "validation": validation(state), "world_size": state.world_size, "precision": state.precision,
+            "corpus": state.corpus, "training": settings, "versions": state.versions}
+
+
+def validation(state: RunState) -> dict[str, float] | None:
+    """The newest validation's numbers, with the loss of predicting each gene's mean; None for a run without any."""
+    if state.last_valid is None or state.gene_mean_loss is None:
+        return None
+    return {**state.last_valid, "loss_gene_mean": state.gene_mean_loss}
+
+
+def model_card(config: TrainConfig, state: RunState, n_parameters: int, vocab_size: int) -> str:
+    """README.md of a release."""
+    model = config.model
+    return f"""# {model.name}
+
+A single-cell foundation model of the scGPT family: {n_parameters:,} parameters, {model.n_layers} layers, d_model \
+{model.d_model}, {model.n_heads} heads, context {config.objective.context_length} tokens, {vocab_size:,} tokens in the \
+vocabulary. Weights after {state.step:,} optimizer steps.
+
+| file | is |
+|---|---|
+| `model.safetensors`, `best_model.pt` | the same float32 tensors, twice |
+| `args.json`, `vocab.json` | what scGPT's own readers need |
+| `config.json` | every setting, the corpus, the scores, the versions |
+| `recorded.safetensors` | inputs, and what the model computed for them |
+| `SHA256SUMS` | of every file; `scgpt verify` checks them and computes the recorded outputs again |
+
+{_data(state)}
+
+{_training(config, state)}
+
+{_scores(state)}
+
+## Loading it in stock scGPT
+
+```python
+{_LOADING.format(pre_norm=model.pre_norm)}
+```
+
+Every tensor of that model is found here, and nothing here is left over.
+"""
+
+
+_LOADING = """import json, torch
+from scgpt.model import TransformerModel
+from scgpt.tokenizer import GeneVocab
+from scgpt.utils import load_pretrained
+
+args, vocab = json.load(open("args.json")), GeneVocab.from_file("vocab.json")
+model = TransformerModel(
+    ntoken=len(vocab), d_model=args["embsize"], nhead=args["nheads"], d_hid=args["d_hid"], nlayers=args["nlayers"],
+    nlayers_cls=args["n_layers_cls"], n_cls=1, vocab=vocab, dropout=args["dropout"], pad_token=args["pad_token"],
+    pad_value=args["pad_value"], do_mvc=True, use_fast_transformer=False, pre_norm={pre_norm})
+load_pretrained(model, torch.load("best_model.pt", map_location="cpu"), verbose=False)"""
+
+
+def _data(state: RunState) -> str:
+    corpus = state.corpus
+    splits = [f"| {name} | {split['cells']:,} | {split['tokens']:,} |" for name, split in corpus["splits"].items()]
+    sources = [f"| {source['name']} | {source['cells_in']:,} | {source['cells_written']:,} |"
+               for source in corpus["sources"]]
+    facts = (f"Token dataset with manifest sha256 `{corpus['sha256']}`, vocabulary `{corpus['vocab']}` (sha256 "
+             f"`{corpus['vocab_sha256']}`), {corpus['expression_kind']}.")
+    return "\n".join(["## Data", "", facts, "", "| split | cells | gene values |", "|---|---|---|", *splits, "",
+                      "| source | cells in | cells kept |", "|---|---|---|", *sources])
+
+
+def _training(config: TrainConfig, state: RunState) -> str:
+    objective, optimizer, batch = config.objective, config.optimizer, config.batch
+    rows = {
+        "task": f"{objective.task}{' + MVC' if objective.mvc else ''}, mask ratio {objective.mask_ratio}",
+        "values": f"{objective.input_style}, {objective.n_bins} bins, ties: {objective.tie_rule}",
+        "batch": f"{batch.global_batch_size} cells a step; {state.cells_seen:,} cells, {state.tokens_seen:,} tokens",
+        "optimizer": f"{optimizer.name}, lr {optimizer.lr}, weight decay {optimizer.weight_decay}, "
+                     f"clip {optimizer.grad_clip}",
+        "schedule": f"{config.schedule.kind}, {config.schedule.warmup_steps} warmup steps",
+        "dropout": f"{config.model.dropout}, attention {config.model.attention_dropout}",
+        "ranks": f"{state.world_size}, ZeRO {state.zero_stage}, {state.precision}, seed {config.train.seed}",
+        "versions": ", ".join(f"{name} {version}" for name, version in state.versions.items())}
+    return "\n".join(["## Training", "", "| setting | value |", "|---|---|",
+                      *(f"| {key} | {value} |" for key, value in rows.items())])
+
+
+def _scores(state: RunState) -> str:
+    scores = validation(state)
+    if scores is None:
+        return "## Scores\n\nNo cells were held out."
+    rows = {"this model": "loss_expression", "this model, from the cell embedding (MVC)": "loss_mvc",
+            "each gene's mean in the train split": "loss_gene_mean"}
+    lines = [f"| {name} | {scores[key]:.3f} |" for name, key in rows.items() if key in scores]
+    heading = f"Held-out cells after step {scores['step']}: mean squared error of the bins of hidden genes."
+    return "\n".join(["## Scores", "", heading, "", "| prediction | loss |", "|---|---|", *lines])

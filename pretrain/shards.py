@@ -5,7 +5,7 @@ empty stand-ins, so DeepSpeed is not even imported, and its own readers (which r
 A tensor is put together when it is asked for: memory is bounded by the largest one, not by the model.
 
     stage 0  mp_rank_00_model_states.pt: `module`, whole
-    1, 2     zero_pp_rank_R_..._optim_states.pt: rank R's part of the flat float32 weights, and each parameter's slice of it
+    1, 2     zero_pp_rank_R_..._optim_states.pt: rank R's part of the flat float32 weights, and what lies where in it
     3        the same files, parameters in the order of `param_shapes`, each spread over all ranks in equal parts
 """
 import math

@@ -1,0 +1,114 @@
+"""Real trainings of a very small model, as subprocesses: on one rank, or on several under the deepspeed launcher."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.checkpoint import find, validate
+from pretrain.metrics import read_rows
+from pretrain.shards import Shards
+from tests.scgpt.data.cells import random_cells, write_corpus
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMINGS = {"cells_per_s", "tokens_per_s", "step_time_s", "data_wait_s", "eval_s"}
+MODEL = ("model.n_layers=2", "model.d_model=16", "model.n_heads=2", "model.d_hid=16", "objective.context_length=32")
+SETTINGS = (*MODEL, "batch.global_batch_size=8", "batch.micro_batch_size=2", "schedule.warmup_steps=3",
+            "train.log_every=5", "train.eval_every=50", "train.save_every=20", "tracking.wandb=disabled", "deepspeed.timeout_s=60")
+
+
+def make_corpus(folder: Path, *, n_train: int = 60, n_valid: int = 13) -> Path:
+    lengths = [3 + (7 * i) % 50 for i in range(n_train + n_valid)]
+    write_corpus(folder, {"train": [random_cells(lengths[:n_train], source="train")],
+                          "valid": [random_cells(lengths[n_train:], seed=1, source="valid")]})
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def command(corpus: Path, out: Path, settings: tuple[str, ...], ranks: int) -> list[str]:
+    words = ["demo", f"data.corpus={corpus}", *SETTINGS, *settings, "--out", str(out)]
+    if ranks == 1:
+        return [sys.executable, "pretrain/train.py", *words]
+    launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks),
+                "--master_port", str(free_port())]
+    return [*launcher, "pretrain/train.py", *words]
+
+
+def start(corpus: Path, out: Path, *settings: str, ranks: int = 1) -> "subprocess.Popen[str]":
+    """Begin, or continue, a training in a process group of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.Popen(command(corpus, out, settings, ranks), cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def train(corpus: Path, out: Path, *settings: str, ranks: int = 1) -> tuple[int, str]:
+    """Train to the end; exit code and stderr."""
+    process = start(corpus, out, *settings, ranks=ranks)
+    _, errors = process.communicate(timeout=200)
+    return process.returncode, errors
+
+
+def wait_for_step(process: "subprocess.Popen[str]", out: Path, step: int, *, within_s: float = 120) -> None:
+    deadline = time.monotonic() + within_s
+    while not any(row["step"] >= step for row in read_rows(out / "metrics.jsonl")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "no such step in time"
+        time.sleep(0.01)
+
+
+def rank_processes(out: Path) -> list[int]:
+    return [int(path.read_text().split()[0]) for path in sorted((out / "ranks").glob("rank-*"))]
+
+
+def kill_all(process: "subprocess.Popen[str]", out: Path) -> None:
+    """kill -9: launcher, node launcher and ranks, at once."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    wait_until_gone(rank_processes(out))
+
+
+def wait_until_gone(processes: list[int], *, within_s: float = 60) -> None:
+    deadline = time.monotonic() + within_s
+    while any(is_alive(process) for process in processes):
+        assert time.monotonic() < deadline, "the ranks are still there"
+        time.sleep(0.05)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def curve(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """(split, step) -> what was measured there, without timings; of repeated steps the last."""
+    return {(row["split"], row["step"]): {key: value for key, value in row.items() if key not in TIMINGS}
+            for row in read_rows(out / "metrics.jsonl")}
+
+
+def weights(out: Path, step: str = "latest") -> dict[str, torch.Tensor]:
+    folder = find(out, step)
+    state = validate(folder)
+    shards = Shards(folder, stage=state.zero_stage, world_size=state.world_size)
+    return {name: shards.read(name) for name in shards.shapes}
+
+
+def events(out: Path) -> list[str]:
+    return [row["event"] for row in read_rows(out / "events.jsonl")]
+
+
+def state_of(out: Path, step: str = "latest") -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((find(out, step) / "state.json").read_bytes())
+    return result

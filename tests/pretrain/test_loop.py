@@ -1,0 +1,153 @@
+"""Whole trainings, killed, interrupted and continued; real processes."""
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.checkpoint import steps_of
+from tests.pretrain import runs
+
+pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.timeout(600)]
+STEPS = 120
+SETTINGS = (f"train.max_steps={STEPS}", "model.dropout=0.1", "model.attention_dropout=0.1")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_corpus(tmp_path_factory.mktemp("loop") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Number of ranks -> a run that nothing disturbed."""
+    outs = {}
+    for ranks in (1, 2):
+        outs[ranks] = tmp_path_factory.mktemp("uninterrupted") / "run"
+        code, errors = runs.train(corpus, outs[ranks], *SETTINGS, ranks=ranks)
+        assert code == 0, errors
+    return outs
+
+
+def assert_same_run(out: Path, other: Path) -> None:
+    assert runs.curve(out) == runs.curve(other)
+    ours, theirs = runs.weights(out), runs.weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(("ranks", "killed_at"), [(1, 35), (2, 55)])
+def test_killed_and_continued_equals_uninterrupted_to_the_bit(corpus, uninterrupted, tmp_path, ranks, killed_at):
+    process = runs.start(corpus, tmp_path / "run", *SETTINGS, ranks=ranks)
+    runs.wait_for_step(process, tmp_path / "run", killed_at)
+    runs.kill_all(process, tmp_path / "run")
+    assert "finished" not in runs.events(tmp_path / "run")
+    code, errors = runs.train(corpus, tmp_path / "run", *SETTINGS, ranks=ranks)
+    assert code == 0, errors
+    assert "resume" in runs.events(tmp_path / "run")
+    assert_same_run(tmp_path / "run", uninterrupted[ranks])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_ranks_saves_exits_75_and_loses_nothing(corpus, uninterrupted, tmp_path, number):
+    out = tmp_path / "run"
+    process = runs.start(corpus, out, *SETTINGS, ranks=2)
+    runs.wait_for_step(process, out, 25)
+    for rank in runs.rank_processes(out):
+        os.kill(rank, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert f"interrupted after step {steps_of(out / 'checkpoints')[-1]} (signal {number.name})" in errors
+    code, errors = runs.train(corpus, out, *SETTINGS, ranks=2)
+    assert code == 0, errors
+    assert_same_run(out, uninterrupted[2])
+
+
+def test_ranks_whose_launcher_is_killed_save_and_end_and_a_restart_waits_for_them(corpus, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    process = runs.start(corpus, out, *SETTINGS, ranks=2)
+    runs.wait_for_step(process, out, 25)
+    process.kill()   # the launcher alone: its ranks get no signal
+    process.communicate()
+    code, errors = runs.train(corpus, out, *SETTINGS, ranks=2)
+    assert code == 0, errors
+    assert "interrupted" in runs.events(out)
+    assert_same_run(out, uninterrupted[2])
+
+
+def test_a_dead_rank_ends_the_job(corpus, tmp_path):
+    out = tmp_path / "run"
+    process = runs.start(corpus, out, *SETTINGS, "train.max_steps=100000", ranks=2)
+    runs.wait_for_step(process, out, 10)
+    os.kill(runs.rank_processes(out)[1], signal.SIGKILL)
+    died = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode not in {0, 75}
+    assert time.monotonic() - died < 60
+    runs.wait_until_gone(runs.rank_processes(out))
+
+
+def test_a_damaged_checkpoint_is_skipped_and_told(corpus, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    code, errors = runs.train(corpus, out, *SETTINGS, "train.max_time_s=1")
+    assert code in {0, 75}, errors
+    newest = out / "checkpoints" / f"step-{steps_of(out / 'checkpoints')[-1]:08d}"
+    victim = next(newest.glob("*optim_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    (out / "checkpoints" / ".tmp-step-00009999").mkdir()
+    code, errors = runs.train(corpus, out, *SETTINGS)
+    assert code == 0, errors
+    assert f"checkpoint {newest.name} is skipped" in errors
+    assert "checkpoint step-00009999 was being written" in errors
+    assert not (out / "checkpoints" / ".tmp-step-00009999").exists()
+    assert_same_run(out, uninterrupted[1])
+
+
+def test_a_finished_run_says_so_and_a_higher_limit_continues_it(corpus, uninterrupted):
+    out = uninterrupted[1]
+    code, errors = runs.train(corpus, out, *SETTINGS)
+    assert code == 0
+    assert f"the run is finished: {STEPS} of {STEPS} steps are done" in errors
+
+
+def test_the_loss_curve_is_the_same_on_one_and_two_ranks(uninterrupted, corpus, tmp_path):
+    outs = []
+    for ranks in (1, 2):   # without dropout nothing but the order of additions differs
+        outs.append(tmp_path / str(ranks))
+        code, errors = runs.train(corpus, outs[-1], "train.max_steps=20", ranks=ranks)
+        assert code == 0, errors
+    alone, spread = map(runs.curve, outs)
+    assert alone.keys() == spread.keys()
+    for key, row in alone.items():
+        assert spread[key]["loss"] == pytest.approx(row["loss"], rel=1e-4)
+        assert spread[key]["cells_seen" if "cells_seen" in row else "step"] == row.get("cells_seen", row["step"])
+    baselines = [runs.state_of(out)["gene_mean_loss"] for out in outs]
+    assert baselines[0] == pytest.approx(baselines[1], rel=1e-12)
+
+
+@pytest.mark.parametrize(("settings", "ranks", "code", "says"), [
+    (("optimizer.lr=0.1",), 1, 2, "optimizer.lr: 0.003 -> 0.1"),
+    (("train.max_steps=999",), 2, 1, "ranks 1, this start has 2"),
+    (("train.max_steps=999", "deepspeed.zero_stage=1"), 1, 1, "deepspeed.zero_stage 2, this start has 1"),
+])
+def test_what_cannot_be_continued_is_refused_in_one_sentence(corpus, uninterrupted, settings, ranks, code, says):
+    before = json.dumps(sorted(map(str, (uninterrupted[1] / "checkpoints").rglob("*"))))
+    found, errors = runs.train(corpus, uninterrupted[1], *SETTINGS, *settings, ranks=ranks)
+    assert found == code, errors
+    assert says in errors
+    assert "Traceback" not in errors
+    assert sum(line.startswith("error: ") for line in errors.splitlines()) == 1
+    assert json.dumps(sorted(map(str, (uninterrupted[1] / "checkpoints").rglob("*")))) == before
+
+
+def test_a_directory_with_something_else_is_refused(corpus, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    code, errors = runs.train(corpus, tmp_path, *SETTINGS)
+    assert code == 2
+    assert "the output directory holds something else: notes.txt" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

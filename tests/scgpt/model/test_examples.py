@@ -1,4 +1,6 @@
 """The examples of the API document, with the corrections that its text needs, run as a user would run them."""
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -6,6 +8,9 @@ from torch import nn
 from scgpt.model import generation_model, model
 from scgpt.model.dsbn import DomainSpecificBatchNorm1d, DomainSpecificBatchNorm2d
 from scgpt.model.grad_reverse import grad_reverse
+from tests.readme import blocks
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "model.md"
 
 
 def test_gene_encoder():
@@ -121,3 +126,8 @@ def test_grad_reverse():
     x = torch.randn(3, requires_grad=True)
     grad_reverse(x, lambd=1.0).sum().backward()
     assert torch.equal(x.grad, -torch.ones(3))
+
+
+@pytest.mark.parametrize("block", blocks(PAGE), ids=["packed", "generation"])
+def test_blocks_of_the_model_page_run(block):
+    exec(compile(block.code, str(PAGE), "exec"), {})

@@ -218,7 +218,7 @@ def page(rows: str, options: argparse.Namespace) -> str:
 
     command = " ".join(["python benchmarks/model.py", *sys.argv[1:]])
     return (f"# One training step, packed beside padded\n\n`{command}` ({platform.machine()}, {options.threads} "
-            f"threads, torch {torch.__version__}, float32, dropout {options.dropout}, published vocabulary of 60,697; best "
+            f"threads, torch {torch.__version__}, float32, dropout {options.dropout}, 60,697 genes; best "
             f"of {options.turns} x {options.rounds} steps). Same weights and cells on every side, equal losses; "
             f"\"public\" is {PUBLIC} with torch's layers, as it runs on a CPU.\n\n{rows}\n")
 

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMINGS = {"cells_per_s", "tokens_per_s", "step_time_s", "data_wait_s", "eval_s"}
 MODEL = ("model.n_layers=2", "model.d_model=16", "model.n_heads=2", "model.d_hid=16", "objective.context_length=32")
 SETTINGS = (*MODEL, "batch.global_batch_size=8", "batch.micro_batch_size=2", "schedule.warmup_steps=3",
-            "train.log_every=5", "train.eval_every=50", "train.save_every=20", "tracking.wandb=disabled", "deepspeed.timeout_s=60")
+            "train.log_every=5", "train.eval_every=50", "train.save_every=20", "tracking.wandb=disabled",
+            "deepspeed.timeout_s=60")
 
 
 def make_corpus(folder: Path, *, n_train: int = 60, n_valid: int = 13) -> Path:

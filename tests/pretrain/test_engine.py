@@ -1,0 +1,153 @@
+"""The gradient gate: weights after real steps equal a plain loop's, whatever the ranks, accumulation and ZeRO stage."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.config import TrainConfig
+from pretrain.data import Loader, to_tensors
+from pretrain.engine import _seed, deepspeed_json, resolve_precision
+from pretrain.run_directory import Corpus
+from pretrain.schedule import learning_rate
+from scgpt.config import load_config
+from scgpt.errors import ConfigError
+from scgpt.model.build import build_model
+from scgpt.rng import PURPOSE_WEIGHTS
+from scgpt.vocab import CLS
+from tests.pretrain import runs
+
+STEPS = 3
+# A large eps keeps Adam from turning rounding noise of vanishing gradients into whole steps.
+GATE = (f"train.max_steps={STEPS}", "schedule.warmup_steps=2", "optimizer.lr=0.02", "optimizer.eps=1e-2",
+        "optimizer.weight_decay=0.1", "optimizer.grad_clip=5.0", "data.valid_split=null")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_corpus(tmp_path_factory.mktemp("engine") / "corpus")
+
+
+def config_of(corpus: Path, *settings: str) -> TrainConfig:
+    return load_config(TrainConfig, "demo", [f"data.corpus={corpus}", *runs.SETTINGS, *settings], kind="pretrain")
+
+
+def plain_loop(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """The same training in float64, one process, the whole global batch in one forward pass."""
+    corpus = Corpus.open(config)
+    torch.manual_seed(_seed(config.train.seed, 0, 0, PURPOSE_WEIGHTS))
+    model = build_model(config.model, corpus.vocab).double()
+    named = dict(model.named_parameters())
+    unused = [name for name in named if name.startswith("cls_decoder.")]   # plain torch would leave these out
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, eps=config.optimizer.eps,
+                                  weight_decay=config.optimizer.weight_decay)
+    loader = Loader(corpus.train, config.objective.collate_config(), cls_id=corpus.vocab[CLS], seed=config.train.seed,
+                    global_batch_size=config.batch.global_batch_size, micro_batch_size=config.batch.global_batch_size,
+                    workers=0)
+    for step in range(STEPS):
+        (packed,) = loader.load(step).micro_batches
+        batch = to_tensors(packed, "cpu")
+        inputs = type(batch.inputs)(batch.inputs.gene_ids, batch.inputs.values.double(), batch.inputs.cu_seqlens,
+                                    batch.inputs.max_seqlen)
+        output = model(inputs, MVC=True)
+        mask = batch.target_mask
+        loss = sum((output[name][mask] - batch.targets[mask].double()).square().mean()
+                   for name in ("mlm_output", "mvc_output"))
+        optimizer.zero_grad()
+        loss.backward()
+        for name in unused:
+            named[name].grad = torch.zeros_like(named[name])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step + 1, lr=config.optimizer.lr, schedule=config.schedule, total_steps=STEPS)
+        optimizer.step()
+    return model.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("ranks", "micro", "stage"), [
+    (1, 2, 2), (1, 4, 0), (2, 4, 2), (2, 1, 2), (2, 2, 1), (2, 2, 3)])
+def test_weights_after_real_steps_are_those_of_a_plain_loop(corpus, tmp_path, ranks, micro, stage):
+    settings = (*GATE, f"batch.micro_batch_size={micro}", f"deepspeed.zero_stage={stage}")
+    code, errors = runs.train(corpus, tmp_path / "run", *settings, ranks=ranks)
+    assert code == 0, errors
+    expected = plain_loop(config_of(corpus, *settings))
+    found = runs.weights(tmp_path / "run")
+    assert found.keys() == expected.keys()
+    torch.manual_seed(_seed(0, 0, 0, PURPOSE_WEIGHTS))
+    first = build_model(config_of(corpus, *GATE).model, Corpus.open(config_of(corpus)).vocab).state_dict()
+    moved = max(float((expected[name] - first[name]).abs().max()) for name in expected)
+    assert moved > 0.01   # the steps are large beside the tolerance
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name].double(), tensor, rtol=0, atol=1e-5 * moved / 0.01), name
+
+
+def test_the_json_leaves_no_zero_key_and_no_number_of_deepspeeds_to_chance(corpus):
+    """Every field of DeepSpeed's own ZeRO and precision models is written, but deprecated ones and switched-off parts."""
+    code = """
+import json, sys
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+def names(model):
+    return [field.alias or name for name, field in model.model_fields.items()
+            if not (field.json_schema_extra or {}).get("deprecated")]
+print(json.dumps({"zero": names(DeepSpeedZeroConfig), "bf16": names(DeepSpeedBF16Config),
+                  "fp16": names(DeepSpeedFP16Config)}))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                         env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    theirs = json.loads(run.stdout.splitlines()[-1])
+    ours = [deepspeed_json(config_of(corpus, f"deepspeed.zero_stage={stage}"), world_size=2, precision="fp32",
+                           on_cpu=True) for stage in range(4)]
+    written = set().union(*(set(each["zero_optimization"]) for each in ours))
+    no_number = {"offload_param", "offload_optimizer", "zenflow", "leaf_module", "log_trace_cache_warnings",
+                 "pipeline_loading_checkpoint", "override_module_apply", "enable_sanity_checks",
+                 "save_muon_momentum_buffer_in_memory", "zero_quantized_nontrainable_weights",
+                 "stage3_model_persistence_threshold", "stage3_module_granularity_threshold",
+                 "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential"}
+    assert set(theirs["zero"]) - no_number == written
+    for precision in ("bf16", "fp16"):
+        assert set(theirs[precision]) == set(ours[2][precision])
+
+
+def test_the_optimizer_and_clipping_are_those_of_the_configuration(corpus):
+    config = config_of(corpus, "optimizer.weight_decay=0.25", "optimizer.grad_clip=0.5", "optimizer.betas=[0.8, 0.9]")
+    derived = deepspeed_json(config, world_size=2, precision="bf16", on_cpu=False)
+    assert derived["optimizer"]["params"]["weight_decay"] == 0.25
+    assert derived["optimizer"]["params"]["betas"] == [0.8, 0.9]
+    assert derived["gradient_clipping"] == 0.5
+    assert derived["bf16"]["enabled"]
+    assert not derived["fp16"]["enabled"]
+    assert derived["gradient_accumulation_steps"] == 2   # 8 cells / (2 x 2 ranks)
+
+
+def test_sizes_that_do_not_fit_the_ranks_are_refused_with_one_that_does(corpus):
+    with pytest.raises(ConfigError, match=r"global_batch_size 8 is no multiple of .* 2 x 3 ranks.*make it 6"):
+        deepspeed_json(config_of(corpus), world_size=3, precision="fp32", on_cpu=True)
+
+
+def test_overrides_reach_any_key_but_the_batch(corpus):
+    config = config_of(corpus, "deepspeed.overrides={zero_optimization: {overlap_comm: true}, new_key: 1}")
+    derived = deepspeed_json(config, world_size=1, precision="fp32", on_cpu=True)
+    assert derived["zero_optimization"]["overlap_comm"] is True
+    assert derived["zero_optimization"]["stage"] == 2
+    assert derived["new_key"] == 1
+    with pytest.raises(ConfigError, match="train_batch_size"):
+        deepspeed_json(config_of(corpus, "deepspeed.overrides={train_batch_size: 9}"), world_size=1, precision="fp32",
+                       on_cpu=True)
+
+
+def test_a_cpu_trains_in_float32_unless_told():
+    assert resolve_precision("auto", torch.device("cpu")) == "fp32"
+    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+def test_dropout_seeds_differ_by_run_step_and_micro_batch():
+    seeds = {_seed(seed, step, number, np.uint64(9)) for seed in range(4) for step in range(50) for number in range(8)}
+    assert len(seeds) == 4 * 50 * 8
+    assert all(0 <= seed < 1 << 63 for seed in seeds)

@@ -134,6 +134,7 @@ def test_padded_layer_compiles_once_for_all_shapes(fresh_compiler):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it loads its compiler
 def test_compiled_code_of_inductor_gives_the_same_gradients(fresh_compiler):
     layer = FlashTransformerEncoderLayer(16, 2, 12, 0.0)
     compiled = torch.compile(lambda x, layout: layer(x, layout=layout), fullgraph=True)

@@ -1,5 +1,5 @@
 """CorpusConfig: which atlases become a corpus, which of their cells and genes, in which splits and shards."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, field_validator, model_validator
@@ -78,7 +78,7 @@ class CorpusConfig(Config):
 
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
     vocab: Literal["scgpt-human"] | ConfigPath = "scgpt-human"   # the published vocabulary, or the path of a vocab.json
-    columns: Sequence[str] = ("dataset", "donor", "tissue", "cell_type", "assay")   # metadata kept where there is any
+    columns: tuple[str, ...] = ("dataset", "donor", "tissue", "cell_type", "assay")   # metadata kept where there is any
     genes: GenesConfig = GenesConfig()
     cells: CellsConfig = CellsConfig()
     splits: SplitsConfig = SplitsConfig()
@@ -88,7 +88,7 @@ class CorpusConfig(Config):
 
     @field_validator("columns")
     @classmethod
-    def _distinct(cls, value: Sequence[str]) -> Sequence[str]:
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         reserved = {"cell_id", "source", "source_row"}
         wrong = sorted(reserved & set(value)) or sorted({name for name in value if value.count(name) > 1})
         if wrong:

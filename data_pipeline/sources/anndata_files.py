@@ -22,7 +22,7 @@ from scgpt.errors import ConfigError, SourceError
 SCAN_VALUES = 1 << 22   # stored values of a CSC matrix in memory at once while a block is gathered
 _RESTORE = "restore or replace the file, or take it out of `sources`"
 # what h5py raises, by the depth at which a damaged file is noticed
-_H5_ERRORS = (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, UnicodeDecodeError)
+_H5_ERRORS = (OSError, LookupError, ValueError, TypeError, RuntimeError, AttributeError, ArithmeticError, MemoryError)
 
 
 class AnnDataFile(Source):
@@ -55,7 +55,8 @@ class AnnDataFile(Source):
             what = f"a damaged HDF5 file: {_cause(error)}" if h5py.is_hdf5(path) else "not an HDF5 file"
             raise SourceError(what, where=str(path), fix=f"give an .h5ad file; {_RESTORE}") from error
         try:
-            return cls._choose(file, path, name, layer)
+            with _reading(path, "header"):
+                return cls._choose(file, path, name, layer)
         except BaseException:
             file.close()
             raise
@@ -225,13 +226,17 @@ class AnnDataFile(Source):
         if major and int(self.matrix["indptr"][-1]) != lengths["data"]:
             raise ValueError(f"{lengths['data']} values where the boundaries say {int(self.matrix['indptr'][-1])}")
 
-    @contextlib.contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
-        """Turn what h5py raises about a damaged or odd file into one sentence with the place."""
-        try:
-            yield
-        except _H5_ERRORS as error:
-            raise SourceError(f"cannot be read: {_cause(error)}", where=f"{self.path}, {what}", fix=_RESTORE) from error
+    def _reading(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return _reading(self.path, what)
+
+
+@contextlib.contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Turn what h5py raises about a damaged or odd file into one sentence with the place."""
+    try:
+        yield
+    except _H5_ERRORS as error:
+        raise SourceError(f"cannot be read: {_cause(error)}", where=f"{path}, {what}", fix=_RESTORE) from error
 
 
 def _matrices(file: h5py.File) -> list[str]:

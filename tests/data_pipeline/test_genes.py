@@ -8,8 +8,7 @@ from data_pipeline.genes import UNMAPPED, map_source, match_genes
 from data_pipeline.sources import open_source
 from scgpt.errors import SourceError
 from scgpt.vocab import GeneVocab
-
-from .atlases import BLOOD, CHR21, GENES, PANCREAS, VOCAB, random_counts, write_h5ad
+from tests.data_pipeline.atlases import BLOOD, CHR21, GENES, PANCREAS, VOCAB, random_counts, write_h5ad
 
 
 def token_of(name: str, vocab: GeneVocab = VOCAB) -> str | None:

@@ -39,8 +39,9 @@ def test_expressions_keep_the_cells_they_say(text: str, expected: list[bool]) ->
 
 
 @pytest.mark.parametrize("text", [
-    "__import__('os').system('true')", "disease.upper() == 'X'", "lambda: 1", "[c for c in disease]", "disease == other",
-    "1 == 1", "disease is None", "disease in 'normal'", "n_genes + 1 > 2", "disease ==", "", "disease == None",
+    "__import__('os').system('true')", "disease.upper() == 'X'", "lambda: 1", "[c for c in disease]",
+    "disease == other",
+       "1 == 1", "disease is None", "disease in 'normal'", "n_genes + 1 > 2", "disease ==", "", "disease == None",
     "f'{disease}' == 'x'", "(x := 3)", "disease[0] == 'n'", "n_genes > -'1'", "not " * 5000 + "is_primary_data",
     "1", "disease == 'a' if is_primary_data else 'b'", "\0"])
 def test_anything_but_comparisons_is_refused(text: str) -> None:
@@ -64,5 +65,5 @@ def test_categories_text_and_pandas_agree(words: list[str | None], value: str) -
     plain = pa.array(words, pa.string())
     expected = (pd.Series(words, dtype=object) == value).to_numpy()
     for column in (plain, plain.dictionary_encode()):
-        for text, want in ((f'x == "{value}"', expected), (f'x != "{value}"', ~expected), (f'x in ["{value}"]', expected)):
-            assert np.array_equal(ObsFilter.parse(text).keep({"x": column}, where=""), want)
+        for text, want in (('x == "{}"', expected), ('x != "{}"', ~expected), ('x in ["{}"]', expected)):
+            assert np.array_equal(ObsFilter.parse(text.format(value)).keep({"x": column}, where=""), want)

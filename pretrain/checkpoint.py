@@ -175,10 +175,10 @@ def find(run: Path, step: str) -> Path:
     if not available:
         raise CheckpointError("the run has no checkpoint", where=str(run),
                               fix="give the folder that `scgpt train ... --out RUN` wrote, after its first checkpoint")
-    pointer = checkpoints / (BEST if step == BEST and (checkpoints / BEST).is_file() else LATEST)
-    if step in (BEST, LATEST) and pointer.is_file():
-        return checkpoints / pointer.read_text(encoding="utf-8").strip()
-    if step == LATEST:
+    if step in (BEST, LATEST):
+        for pointer in dict.fromkeys((step, LATEST)):   # without validation the best one is the newest
+            if (checkpoints / pointer).is_file():
+                return checkpoints / (checkpoints / pointer).read_text(encoding="utf-8").strip()
         return checkpoints / checkpoint_name(available[-1])
     if not step.isdecimal() or int(step) not in available:
         raise CheckpointError(f"there is no checkpoint '{step}'", where=str(checkpoints),

@@ -1,5 +1,4 @@
 """The training loop: fetch a global batch, learn from it, tell, validate, save, stop where something asks for it."""
-import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,10 +16,10 @@ from pretrain.metrics import Window
 from pretrain.objectives import metric_names
 from pretrain.prefetch import Prefetch
 from pretrain.recovery import EXIT_DONE, EXIT_INTERRUPTED, Interruption
-from pretrain.run_directory import DEEPSPEED, Corpus, OpenRun, open_run
+from pretrain.run_directory import CONFIG, DEEPSPEED, Corpus, OpenRun, open_run
 from pretrain.schedule import learning_rate
 from pretrain.world import RankError, World, join_world
-from scgpt.files import write_bytes
+from scgpt.files import write_bytes, write_json
 from scgpt.vocab import CLS
 
 _PEER_LOST = ("gloo", "nccl", "connection reset", "connection closed", "timed out", "socket")
@@ -70,16 +69,18 @@ class Training:
                              rank=world.rank, world_size=world.world_size, workers=config.data.workers)
         self.held_out = HeldOut(corpus.valid, config, cls_id, world) if corpus.valid is not None else None
         self.window = Window(self.state.window, metric_names(config.objective))
-        if world.is_first:
-            write_bytes(run.path / DEEPSPEED, json.dumps(self.engine.json, indent=1).encode() + b"\n")
+        if self.state.step:
+            checkpoint.load(self.engine, self.checkpoints, self.state, world)
+        if world.is_first:   # from here on the run is continued: no earlier failure has changed a file of it
+            write_bytes(run.path / CONFIG, config.to_yaml().encode())
+            write_json(run.path / DEEPSPEED, self.engine.json)
         self._begin(corpus)
 
     def _begin(self, corpus: Corpus) -> None:
-        """Load the checkpoint; of a new run, measure where it starts from."""
+        """Tell; of a new run, measure where it starts from."""
         facts: dict[str, Any] = {"step": self.state.step, "total_steps": self.total_steps,
                                  "world_size": self.world.world_size, "precision": self.engine.precision}
         if self.state.step:
-            checkpoint.load(self.engine, self.checkpoints, self.state, self.world)
             self.log.event("resume", f"continuing from step {self.state.step} of {self.total_steps}", **facts)
             return
         self.log.event("start", f"training {self.total_steps} steps on {self.world.world_size} rank(s)", **facts)

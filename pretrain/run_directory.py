@@ -137,7 +137,6 @@ def _check_same(config: TrainConfig, path: Path) -> None:
         if found:
             raise ConfigError(f"the run was started with another configuration ({'; '.join(found)})", where=str(saved),
                               fix="give the same values to continue it, or another --out to start a new run")
-    write_bytes(saved, config.to_yaml().encode())
 
 
 def _restore(path: Path, corpus: Corpus, log: RunLog) -> RunState:

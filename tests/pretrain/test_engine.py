@@ -88,7 +88,7 @@ def test_weights_after_real_steps_are_those_of_a_plain_loop(corpus, tmp_path, ra
 
 
 def test_the_json_leaves_no_zero_key_and_no_number_of_deepspeeds_to_chance(corpus):
-    """Every field of DeepSpeed's own ZeRO and precision models is written, but deprecated ones and switched-off parts."""
+    """Every field of DeepSpeed's own ZeRO and precision models is written, but deprecated and switched-off ones."""
     code = """
 import json, sys
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig

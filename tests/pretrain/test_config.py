@@ -1,0 +1,65 @@
+import pytest
+
+from pretrain.config import TrainConfig, differences
+from scgpt.config import load_config, shipped_configs
+from scgpt.errors import ConfigError
+from scgpt.vocab import PUBLISHED, GeneVocab
+
+
+def config_of(*settings: str) -> TrainConfig:
+    return load_config(TrainConfig, "demo", ["data.corpus=corpus", *settings], kind="pretrain")
+
+
+@pytest.mark.parametrize("name", shipped_configs("pretrain"))
+def test_each_shipped_recipe_loads_with_nothing_but_a_corpus(name):
+    config = load_config(TrainConfig, name, ["data.corpus=corpus"], kind="pretrain")
+    assert config.batch.accumulation(1) >= 1
+    assert config.model.mvc   # stock scGPT builds the MVC decoder when it loads a release
+    assert config.objective.collate_config().context_length == config.objective.context_length
+
+
+def test_the_base_recipe_has_the_published_numbers():
+    config = load_config(TrainConfig, "base", ["data.corpus=corpus"], kind="pretrain")
+    assert (config.model.n_layers, config.model.d_model, config.model.n_heads, config.model.d_hid) == (12, 512, 8, 512)
+    assert (config.batch.global_batch_size, config.train.max_epochs, config.schedule.warmup_steps) == (512, 6, 10000)
+    assert (config.optimizer.lr, config.optimizer.grad_clip, config.optimizer.weight_decay) == (1e-4, 1.0, 0.0)
+    assert config.objective.collate_config().mask_ratio == (0.25, 0.5, 0.75)
+    assert config.objective.context_length == 1200
+    assert 50e6 < config.model.count_parameters(len(GeneVocab.named(PUBLISHED))) < 53e6
+
+
+@pytest.mark.parametrize(("setting", "says"), [
+    ("batch.micro_batchsize=2", "did you mean 'micro_batch_size'"),
+    ("train.max_stepz=2", "did you mean 'max_steps'"),
+    ("deepspeed.zero_stage=4", "deepspeed.zero_stage"),
+    ("objective.mask_ratio=1.5", "objective.mask_ratio"),
+    ("objective.mask_ratio=[]", "objective.mask_ratio"),
+    ("tracking.wandb=maybe", "tracking.wandb"),
+    ("train.max_steps=null", "nothing ends this run"),
+])
+def test_a_wrong_setting_is_named(setting, says):
+    with pytest.raises(ConfigError) as caught:
+        config_of(setting)
+    assert says in str(caught.value)
+
+
+def test_a_recipe_without_a_corpus_says_which_key_is_missing():
+    with pytest.raises(ConfigError, match=r"data.*is missing"):
+        load_config(TrainConfig, "demo", [], kind="pretrain")
+
+
+def test_a_run_may_go_on_with_other_limits_tracking_micro_batch_and_deepspeed():
+    saved = config_of().model_dump(mode="json")
+    changed = config_of("train.max_steps=5", "train.max_time_s=1", "train.log_every=1", "tracking.wandb=disabled",
+                        "batch.micro_batch_size=2", "deepspeed.zero_stage=1", "deepspeed.overrides={a: 1}",
+                        "data.workers=0", "data.corpus=elsewhere", "train.keep_last=9")
+    assert differences(saved, changed) == []
+
+
+@pytest.mark.parametrize("setting", [
+    "train.seed=1", "batch.global_batch_size=32", "model.d_model=128", "optimizer.lr=1", "objective.mvc=false",
+    "schedule.warmup_steps=1", "train.precision=bf16"])
+def test_a_run_may_not_go_on_with_anything_else_changed(setting):
+    key = setting.partition("=")[0]
+    found = differences(config_of().model_dump(mode="json"), config_of(setting))
+    assert [line.partition(":")[0] for line in found] == [key]

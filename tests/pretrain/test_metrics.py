@@ -1,0 +1,86 @@
+import json
+import math
+
+import pytest
+import torch
+
+from pretrain.metrics import JsonLines, Window, describe, read_rows
+from pretrain.world import join_world
+from scgpt.errors import ScgptError
+
+NAMES = ("loss_expression", "loss_mvc", "mre")
+
+
+@pytest.fixture(scope="module")
+def world():
+    with join_world(timeout_s=10) as joined:
+        yield joined
+
+
+def fill(window, steps):
+    for step in steps:
+        sums = torch.tensor([step / 3, step / 7, step / 11], dtype=torch.float64)
+        window.add(sums, n_targets=10 + step, n_cells=4, n_tokens=40, lr=0.1 * step)
+
+
+def test_rows_are_appended_and_read_back_without_what_a_kill_cut_off(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = JsonLines(path)
+    lines.write({"step": 1, "loss": math.nan, "name": "ä"})
+    lines.close()
+    with path.open("a") as stream:
+        stream.write('{"step": 2, "lo')
+    assert read_rows(path) == [{"step": 1, "loss": None, "name": "ä"}]
+    lines = JsonLines(path)
+    lines.write({"step": 2})
+    lines.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_no_rows_where_there_is_no_file(tmp_path):
+    assert read_rows(tmp_path / "none.jsonl") == []
+
+
+def test_a_row_is_the_mean_over_all_hidden_positions_of_its_steps(world):
+    window = Window([], NAMES)
+    fill(window, [1, 2])
+    row = window.row(world, waited_s=0.5)
+    assert row["loss_expression"] == (1 / 3 + 2 / 3) / (11 + 12)
+    assert row["loss"] == row["loss_expression"] + row["loss_mvc"]
+    assert row["mre"] == (1 / 11 + 2 / 11) / 23
+    assert row["lr"] == 0.2
+    assert row["data_wait_s"] == 0.25
+    fill(window, [5])
+    assert window.row(world, waited_s=0.5)["loss_expression"] == 5 / 3 / 15   # it began anew
+
+
+def test_a_window_that_a_checkpoint_carried_over_gives_the_same_bits(world):
+    whole = Window([], NAMES)
+    fill(whole, [1, 2, 3, 4, 5])
+    first = Window([], NAMES)
+    fill(first, [1, 2, 3])
+    second = Window(json.loads(json.dumps(first.reduced(world))), NAMES)
+    fill(second, [4, 5])
+    names = ("loss", *NAMES)
+    one, other = whole.row(world, 0.0), second.row(world, 0.0)
+    assert [one[name] for name in names] == [other[name] for name in names]
+
+
+def test_time_that_was_no_training_does_not_count(world):
+    window = Window([], NAMES)
+    fill(window, [1])
+    window.exclude(-100.0)
+    assert window.row(world, 0.0)["step_time_s"] > 100
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(world):
+    window = Window([], NAMES)
+    window.add(torch.tensor([math.nan, 0, 0], dtype=torch.float64), n_targets=1, n_cells=1, n_tokens=1, lr=0.1)
+    with pytest.raises(ScgptError, match="not a finite number"):
+        window.reduced(world)
+
+
+def test_a_line_of_the_log_says_step_loss_and_speed():
+    row = {"step": 5, "split": "train", "loss": 1.234, "lr": 1e-3, "grad_norm": 2.0, "cells_per_s": 1234.5,
+           "tokens_per_s": 1e6}
+    assert describe(row, 10) == "step 5/10  loss 1.23  lr 1.00e-03  grad 2.00  1,234 cells/s  1,000,000 tokens/s"

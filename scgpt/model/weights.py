@@ -108,8 +108,8 @@ def write_release_tensors(folder: Path, shapes: Mapping[str, torch.Size], read: 
     path = folder / SAFETENSORS_FILE
     with publish(path) as temporary:
         write_safetensors(temporary, shapes, read, naming=naming, dtype=dtype)
-    with publish(folder / PT_FILE) as temporary:
-        torch.save(load_file(path), temporary)
+    with publish(folder / PT_FILE) as temporary, temporary.open("wb") as stream:   # a path would put its name inside
+        torch.save(load_file(path), stream)
 
 
 def write_safetensors(path: Path, shapes: Mapping[str, torch.Size], read: Callable[[str], Tensor], *,

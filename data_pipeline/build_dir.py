@@ -104,13 +104,12 @@ def claim(out: Path, plan: Plan, *, fresh: bool) -> Iterator[BuildDir]:
             raise
 
 
-def finished(build: BuildDir) -> Manifest | None:
-    """The manifest when the corpus of this plan is complete; what an interrupted commit has left is tidied."""
+def finished(build: BuildDir) -> bool:
+    """Whether the corpus of this plan is complete; what an interrupted commit has left is tidied."""
     if not (build.out / MANIFEST).exists():
-        return None
-    manifest = Manifest.read(build.out)
+        return False
     files.remove(build.path)
-    return manifest
+    return True
 
 
 def _check_content(build: BuildDir, *, fresh: bool) -> None:
@@ -118,15 +117,16 @@ def _check_content(build: BuildDir, *, fresh: bool) -> None:
     if foreign := sorted(found - _OURS):
         raise DataError(f"the directory holds something else: {', '.join(foreign[:5])}", where=str(build.out),
                         fix="give an empty or new --out")
-    held = _plan_held(build.out)
     if fresh:
         files.remove(build.out / MANIFEST)   # first: from here on there is no corpus
         for name in sorted(found & _OURS - {LOCK, MANIFEST}):
             files.remove(build.out / name)
-    elif held is None and found - {LOCK, BUILD}:
+        return
+    held = _plan_held(build.out)
+    if held is None and found - {LOCK, BUILD}:
         raise DataError(f"the directory holds something else: {', '.join(sorted(found - {LOCK, BUILD})[:5])}",
                         where=str(build.out), fix="give an empty or new --out, or --fresh to replace it")
-    elif held is not None and held != build.plan_sha256:
+    if held is not None and held != build.plan_sha256:
         what = "a corpus" if MANIFEST in found else "an unfinished build"
         raise DataError(f"the directory holds {what} of another plan (its sources, settings or package version differ)",
                         where=str(build.out), fix="give another --out, or --fresh to replace it")

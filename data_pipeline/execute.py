@@ -42,6 +42,8 @@ from scgpt.errors import DataError, ScgptError, require_extra
 _OBJECT_STORE_BYTES = 80 << 20   # records are small; the least that Ray takes is 75 MiB
 _TEMPORARY = "scgpt-ray-"
 _SHORT = 40                      # characters: Ray adds some 65 for its sockets, whose paths end at 107
+_PATIENCE_S = 5.0                # for processes of Ray to end
+_RETRIES = 5                     # of a task whose worker was lost; a task that raises is not tried again
 _IN_FLIGHT = 4                   # tasks handed to Ray for each CPU
 
 
@@ -73,15 +75,22 @@ def build(config: CorpusConfig, out: Path, *, ray_address: str | None = None, fr
     with _timed(seconds, "plan"):
         plan = make_plan(config)
     with claim(out, plan, fresh=fresh) as directory:
-        complete = finished(directory)
-        if complete is not None:
-            return BuildResult(verify_corpus(out), {})
+        if finished(directory):
+            return BuildResult(_verified(out), {})
         with _ray(ray_address or os.environ.get("RAY_ADDRESS"), directory) as workers, progress:
             hashes, blocks, shards = carry_out(directory, plan, workers, progress, seconds)
         with _timed(seconds, "commit"), _disk_errors(out):
             manifest = commit(directory, plan, hashes=hashes, blocks=blocks, shards=shards,
                               timing={"seconds": {name: round(value, 3) for name, value in seconds.items()}})
     return BuildResult(manifest, seconds)
+
+
+def _verified(out: Path) -> Manifest:
+    try:
+        return verify_corpus(out)
+    except DataError as error:
+        error.fix = "restore the file, or build the corpus again with --fresh"
+        raise
 
 
 def carry_out(directory: BuildDir, plan: Plan, workers: "Workers", progress: Progress, seconds: dict[str, float],
@@ -154,7 +163,7 @@ class RayWorkers:
 
     def run(self, stage: str, layout: Layout, jobs: Sequence[Job], unit: str, progress: Progress) -> list[Record]:
         """See Workers. Raises what a task raised: the others are cancelled."""
-        remote = self._ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(find_or_do)
+        remote = self._ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(find_or_do)
         shared = self.share(layout)
         progress.start(stage, sum(job.units for job in jobs), unit)
         results: dict[int, Record] = {}
@@ -269,16 +278,24 @@ def _private_folder() -> Iterator[Path]:
         try:
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
 
 
 def _remove_if_abandoned(folder: Path) -> None:
     try:
         with (folder / "owner").open("r+") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
     except OSError:   # of somebody else, in use, or already gone
         return
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder in which processes that are about to end may still make files."""
+    deadline_s = time.monotonic() + _PATIENCE_S
+    while folder.exists() and time.monotonic() < deadline_s:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (ROOT / HELD_OUT).exists():
         return _fail(ConfigError("the demo needs the cells under examples/atlas", where=str(ROOT),
                                  fix="run it in a clone of the repository: make demo"))
-    if args.gpu and not _has_gpu():
+    if args.gpu and not gpu_count():
         say("gpu-check: torch finds no CUDA GPU here, so there is nothing to check (make demo runs on CPUs)")
         return EXIT_DONE
     os.chdir(ROOT)
@@ -55,7 +55,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
     parser.add_argument("--out", type=Path, help="default: out/demo, out/demo-seed-N for another seed")
     parser.add_argument("--fresh", action="store_true", help="remove what is there first")
-    parser.add_argument("--gpu", action="store_true", help="train on all GPUs of this machine instead of two CPU ranks")
+    parser.add_argument("--gpu", action="store_true", help="train on all GPUs of this machine of this machine; no kill")
     args = parser.parse_args(argv)
     name = ("gpu-check" if args.gpu else "demo") + (f"-seed-{args.seed}" if args.seed else "")
     args.out = args.out or Path("out") / name
@@ -70,12 +70,6 @@ def say(line: str = "") -> None:
 def _fail(error: ScgptError) -> int:
     print(f"error: {error}", file=sys.stderr)  # noqa: T201
     return error.exit_code
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 @dataclass
@@ -151,17 +145,26 @@ def train(demo: Demo) -> dict[str, Any]:
 
 
 def training_command(demo: Demo) -> list[str]:
-    """`deepspeed` as a user types it; the port is free, so that another training on this machine does not matter."""
-    ranks = _gpu_count() if demo.gpu else 2
+    """`deepspeed` as a user types it: a rank a GPU, two ranks where there is none.
+
+    The port is free, so that another training on this machine does not matter.
+    """
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    return [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), "pretrain/train.py", "demo",
-            f"data.corpus={demo.path('corpus')}", f"train.seed={demo.seed}", "--out", str(demo.path("run"))]
+    return [deepspeed, "--num_gpus", str(gpu_count() or 2), "--master_port", str(free_port()), "--log_level", "error",
+            "pretrain/train.py", "demo", f"data.corpus={demo.path('corpus')}", f"train.seed={demo.seed}",
+            "--out", str(demo.path("run"))]
 
 
-def _gpu_count() -> int:
+def gpu_count() -> int:
+    """GPUs that torch can train on."""
     import torch
 
     return torch.cuda.device_count()
+
+
+def quiet_environment() -> dict[str, str]:
+    """Without a GPU, tell DeepSpeed so: it warns otherwise in every process, before any log level is read."""
+    return dict(os.environ) if gpu_count() else {**os.environ, "DS_ACCELERATOR": "cpu"}
 
 
 def free_port() -> int:
@@ -176,8 +179,8 @@ def kill_midway(command: Sequence[str], run_dir: Path) -> int:
     import psutil
     import yaml
 
-    say(f"$ {shlex.join(command)}")
-    process = subprocess.Popen(command)  # noqa: S603 our own command line
+    say(f"$ {shlex.join([Path(command[0]).name, *command[1:]])}")
+    process = subprocess.Popen(command, env=quiet_environment())  # noqa: S603 our own command line
     step, last = 0, None
     try:
         while last is None or step < KILL_AT * last:
@@ -214,6 +217,7 @@ def resumed_steps(run_dir: Path) -> list[int]:
 
 def release(demo: Demo) -> dict[str, Any]:
     """Export the best checkpoint, and check what was written."""
+    remove(demo.path("release"))
     scgpt("export", str(demo.path("run")), "--out", str(demo.path("release")))
     return scgpt("verify", str(demo.path("release")))
 
@@ -243,7 +247,7 @@ def scgpt(*words: str) -> dict[str, Any]:
 def call(command: Sequence[str]) -> None:
     """Run a program whose output is for the reader."""
     say(f"$ {shlex.join([Path(command[0]).name, *command[1:]])}")
-    _check(subprocess.run(command, check=False).returncode, shlex.join(command))  # noqa: S603
+    _check(subprocess.run(command, env=quiet_environment(), check=False).returncode, shlex.join(command))  # noqa: S603
 
 
 def _check(code: int, command: str) -> None:

@@ -32,8 +32,8 @@ def draw_loss(path: Path, *, train: Curve, valid: Curve, gene_mean: float, resum
     axes.axhline(gene_mean, color="#b2542d", linestyle="--", linewidth=1.2, label="predicting each gene's mean")
     for index, step in enumerate(resumed_at):
         axes.axvline(step, color="#777777", linestyle=":", label="continued after kill -9" if index == 0 else None)
-    losses = np.array([loss for _, loss in [*train, *valid]])
-    axes.set_ylim(min(losses.min(), gene_mean) * 0.97, np.quantile(losses, 0.98) * 1.03)
+    lowest = min(gene_mean, *(loss for _, loss in [*train, *valid]))
+    axes.set_ylim(lowest * 0.97, max(gene_mean, lowest) * 1.2)   # the first steps, far above, would flatten the rest
     axes.set_xlabel("step")
     axes.set_ylabel("masked expression, mean squared error of bins")
     axes.legend(frameon=False)

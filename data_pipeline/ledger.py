@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from data_pipeline.cells import KEPT, REASONS, SPLITS
@@ -60,16 +61,30 @@ def of_block(cells: RaggedBatch, reasons: NDArray[np.int8], splits: NDArray[np.i
     Raises DataError when sums differ.
     """
     kept = reasons == KEPT
-    kept_values = np.repeat(kept, cells.lengths)
-    expressions = cells.expressions.astype(np.float64)
+    sums = cell_sums(cells)
     ledger = Ledger(
         len(cells), {name: int((kept & (splits == place)).sum()) for place, name in enumerate(SPLITS)},
         {name: int((reasons == place).sum()) for place, name in enumerate(REASONS) if (reasons == place).any()},
-        int(cells.columns[VALUES_IN].sum()), int(kept_values.sum()), float(cells.columns[SUM_IN].sum()),
-        float(expressions[kept_values].sum()), float(expressions[~kept_values].sum()),
+        int(cells.columns[VALUES_IN].sum()), int(cells.lengths[kept].sum()), float(cells.columns[SUM_IN].sum()),
+        float(sums[kept].sum()), float(sums[~kept].sum()),
         float(cells.columns[SUM_UNMAPPED].sum()))
     check(ledger, where=where)
     return ledger
+
+
+def cell_sums(cells: RaggedBatch) -> NDArray[np.float64]:
+    """The sum of the values of each cell, (cells,)."""
+    sums: NDArray[np.float64] = _sums(cells.expressions, cells.offsets)
+    return sums
+
+
+@njit(cache=True, nogil=True)
+def _sums(values, offsets):  # type: ignore[no-untyped-def]
+    sums = np.zeros(len(offsets) - 1)
+    for cell in range(len(sums)):
+        for value in range(offsets[cell], offsets[cell + 1]):
+            sums[cell] += values[value]
+    return sums
 
 
 def check(ledger: Ledger, *, where: str) -> None:

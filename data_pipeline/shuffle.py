@@ -18,7 +18,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from scgpt import rng
-from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, SOURCE, SOURCE_ROW, RaggedBatch
+from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, SOURCE, SOURCE_ROW, RaggedBatch, offsets_of
 from scgpt.errors import DataError
 
 KEY = "key"   # uint64: the place of a cell in the global order
@@ -56,18 +56,20 @@ def ordered_buckets(values_before: NDArray[np.int64], n_values: int, n_shards: N
     return np.minimum((unit * n_shards).astype(np.int64), n_shards - 1)
 
 
-def write_run(path: Path, cells: RaggedBatch, metadata: Mapping[str, pa.Array], *, splits: NDArray[np.int8],
-              buckets: NDArray[np.int64]) -> list[RunPart]:
-    """Write the cells of one block, sorted by split, shard and key, as an Arrow IPC file: a record batch a shard.
+def write_run(path: Path, cells: RaggedBatch, metadata: Mapping[str, pa.Array], *, kept: NDArray[np.bool_],
+              splits: NDArray[np.int8], buckets: NDArray[np.int64]) -> list[RunPart]:
+    """Write cells of one block, sorted by split, shard and key, as an Arrow IPC file: a record batch a shard.
 
     Args:
         path: a temporary name; the caller publishes the file.
         cells: with the columns cell_id, source_row and KEY.
         metadata: column -> dictionary<string> array, (cells,).
+        kept: (cells,) which of them are written.
         splits, buckets: (cells,) where each goes.
     """
-    order = np.lexsort((cells.columns[KEY], buckets, splits))
-    cells, splits, buckets = cells.take(order), splits[order], buckets[order]
+    chosen = np.flatnonzero(kept)
+    order = chosen[np.lexsort((cells.columns[KEY][chosen], buckets[chosen], splits[chosen]))]
+    cells, splits, buckets = _ordered([cells], order, cells.expressions.dtype), splits[order], buckets[order]
     moved = {name: column.take(pa.array(order)) for name, column in metadata.items()}
     edges = np.flatnonzero((np.diff(splits) != 0) | (np.diff(buckets) != 0)) + 1
     bounds = [0, *edges.tolist(), len(cells)] if len(cells) else [0]
@@ -95,24 +97,26 @@ def merge_runs(runs: Sequence[tuple[Path, int, str]], expression_type: np.dtype[
         columns: metadata to keep.
 
     Returns the cells, and what is known of them: cell_id, source, source_row and `columns` as dictionary<string> with
-    sorted dictionaries. Memory: twice the shard. Raises DataError when a cell comes twice.
+    sorted dictionaries. Memory: the shard, beside the mapped runs. Raises DataError when a cell comes twice.
     """
     batches = [pa.ipc.open_file(pa.memory_map(str(path))).get_batch(number) for path, number, _ in runs]
-    cells = RaggedBatch.concatenate([_ragged(batch, expression_type) for batch in batches])
-    order = np.lexsort((cells.columns[CELL_ID], cells.columns[KEY]))
-    ids = cells.columns[CELL_ID][order]
+    found = [_ragged(batch) for batch in batches]
+    keys, cell_ids = (np.concatenate([part.columns[name] for part in found]) for name in (KEY, CELL_ID))
+    order = np.lexsort((cell_ids, keys))
+    ids = cell_ids[order]
     same = np.flatnonzero(ids[1:] == ids[:-1])
     if len(same):
         raise DataError(f"cell {ids[same[0]]} was written twice", where=str(runs[0][0]), fix="build with --fresh")
     sources = pa.DictionaryArray.from_arrays(
         np.repeat(np.arange(len(runs), dtype=np.int32), [batch.num_rows for batch in batches]),
         pa.array([source for *_, source in runs], pa.string()))
+    cells = _ordered(found, order, expression_type)
     known = {CELL_ID: pa.array(ids), SOURCE: sorted_dictionary(sources.take(pa.array(order))),
-             SOURCE_ROW: pa.array(cells.columns[SOURCE_ROW][order])}
+             SOURCE_ROW: pa.array(cells.columns[SOURCE_ROW])}
     for name in columns:
         values = pa.concat_arrays([batch.column(name).cast(pa.string()) for batch in batches])
         known[name] = sorted_dictionary(values.take(pa.array(order)))
-    return cells.take(order), pa.table(known)
+    return cells, pa.table(known)
 
 
 def sorted_dictionary(values: pa.Array) -> pa.DictionaryArray:
@@ -122,10 +126,39 @@ def sorted_dictionary(values: pa.Array) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(pc.index_in(words, categories), categories)
 
 
-def _ragged(batch: pa.RecordBatch, expression_type: np.dtype[np.generic]) -> RaggedBatch:
+def _ragged(batch: pa.RecordBatch) -> RaggedBatch:
+    """The cells of a mapped record batch, not copied."""
     offsets = batch.column(GENES).offsets.to_numpy()
     values = slice(offsets[0], offsets[-1])
-    return RaggedBatch(
-        batch.column(GENES).values.to_numpy()[values],
-        batch.column(EXPRESSIONS).values.to_numpy()[values].astype(expression_type), offsets - offsets[0],
-        {name: batch.column(name).to_numpy() for name in (CELL_ID, SOURCE_ROW, KEY)})
+    genes, expressions = (batch.column(name).values.to_numpy()[values] for name in (GENES, EXPRESSIONS))
+    return RaggedBatch(genes, expressions, offsets - offsets[0],
+                       {name: batch.column(name).to_numpy() for name in (CELL_ID, SOURCE_ROW, KEY)})
+
+
+def _ordered(parts: Sequence[RaggedBatch], order: NDArray[np.int64],
+             expression_type: np.dtype[np.generic]) -> RaggedBatch:
+    """Cells `order` of the joined parts, in that order: each value is copied once, from its part to its place."""
+    bounds = offsets_of(np.array([len(part) for part in parts]))
+    lengths = np.concatenate([part.lengths for part in parts])
+    offsets = offsets_of(lengths[order])
+    places = np.full(len(lengths), -1, np.int64)
+    places[order] = offsets[:-1]
+    genes = np.empty(offsets[-1], parts[0].genes.dtype)
+    expressions = np.empty(offsets[-1], expression_type)
+    for part, first in zip(parts, bounds[:-1], strict=True):
+        mine = places[first:first + len(part)]
+        _scatter(part.genes, part.offsets, mine, genes)
+        _scatter(part.expressions, part.offsets, mine, expressions)
+    columns = {name: np.concatenate([part.columns[name] for part in parts])[order] for name in parts[0].columns}
+    return RaggedBatch(genes, expressions, offsets, columns)
+
+
+@njit(cache=True, nogil=True)
+def _scatter(values, offsets, places, out):  # type: ignore[no-untyped-def]
+    """Copy the values of each cell to its place in `out`; a place below 0 leaves the cell out."""
+    for cell in range(len(places)):
+        place = places[cell]
+        if place >= 0:
+            for value in range(offsets[cell], offsets[cell + 1]):
+                out[place] = values[value]
+                place += 1

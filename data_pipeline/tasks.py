@@ -20,7 +20,7 @@ from data_pipeline.tokenization import tokenize_block
 from scgpt import files
 from scgpt.data.arrow_format import write_obs, write_shard
 from scgpt.data.manifest import ObsEntry, ShardEntry
-from scgpt.data.schema import CELL_ID, EXPRESSIONS, SOURCE, RaggedBatch
+from scgpt.data.schema import CELL_ID, SOURCE, RaggedBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,6 @@ def tokenize_to_run(layout: Layout, block: Block, source: SourcePlan, row_blocks
     check_unchanged(source)
     reasons = judge(cells, passes, config.cells)
     ledger = books.of_block(cells, reasons, splits, where=f"{source.path}, rows {block.first} to {block.last}")
-    kept = np.flatnonzero(reasons == KEPT)
     n_shards = np.array(layout.n_shards)[splits]
     if config.shards.shuffle:
         keys = shuffle_keys(config.seed, cells.columns[CELL_ID].astype(np.uint64, copy=False))
@@ -88,11 +87,10 @@ def tokenize_to_run(layout: Layout, block: Block, source: SourcePlan, row_blocks
         keys = (np.uint64(block.source) << np.uint64(32)) + np.arange(block.first, block.last, dtype=np.uint64)
         buckets = ordered_buckets(block.values_before + offsets[:-1] - offsets[0], layout.n_values, n_shards)
     cells.columns[KEY] = keys
-    cells = cells.take(kept)
+    kept = reasons == KEPT
     path = layout.build.runs / f"{block_task(block)}.arrow"
     with files.publish(path) as temporary:
-        parts = write_run(temporary, cells, {name: column.take(pa.array(kept)) for name, column in metadata.items()},
-                          splits=splits[kept], buckets=buckets[kept])
+        parts = write_run(temporary, cells, metadata, kept=kept, splits=splits, buckets=buckets)
     result = {"cells": block.last - block.first, "ledger": ledger.to_json(), "parts": [asdict(part) for part in parts],
               "integer": cells.expressions.dtype.kind == "u", "largest": float(cells.expressions.max(initial=0))}
     return layout.build.write_record(block_task(block), result, [path])
@@ -159,9 +157,8 @@ def _sums(cells: RaggedBatch, sources: pa.ChunkedArray) -> dict[str, dict[str, f
     """source -> cells, values and sum of values in a shard."""
     encoded = sources.combine_chunks()
     codes, names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
-    of_value = np.repeat(codes, cells.lengths)
-    sums = np.bincount(of_value, weights=getattr(cells, EXPRESSIONS).astype(np.float64), minlength=len(names))
-    values = np.bincount(of_value, minlength=len(names))
+    sums = np.bincount(codes, weights=books.cell_sums(cells), minlength=len(names))
+    values = np.bincount(codes, weights=cells.lengths, minlength=len(names))
     counts = np.bincount(codes, minlength=len(names))
     return {name: {"cells": int(counts[i]), "values": int(values[i]), "sum": float(sums[i])}
             for i, name in enumerate(names)}

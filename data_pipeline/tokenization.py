@@ -59,7 +59,7 @@ def tokenize_block(source: Source, gene_map: GeneMap, first: int, last: int, *, 
         raise _bad_value(source, first, indptr, data, int(fault), counts=counts)
     offsets = offsets_of(lengths)
     genes, expressions = genes[:offsets[-1]], expressions[:offsets[-1]]
-    integer = are_counts(expressions) and expressions.max(initial=0.0) < 1 << 32
+    integer = (counts or are_counts(expressions)) and expressions.max(initial=0.0) < 1 << 32
     source_rows = np.arange(first, last, dtype=np.int64)
     return RaggedBatch(genes, expressions.astype(np.uint32 if integer else np.float32), offsets, {
         CELL_ID: cell_ids(source.name, source_rows), SOURCE_ROW: source_rows, VALUES_IN: values_in,

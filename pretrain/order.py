@@ -10,7 +10,7 @@ sent through again. O(1) memory, some 0.2 us an index at any n up to 2**62. A st
 8 GB on each rank and seconds an epoch.
 """
 import numpy as np
-from numba import njit, uint64
+from numba import njit
 from numpy.typing import NDArray
 
 from scgpt.errors import DataError
@@ -41,8 +41,8 @@ def in_order(step: int, *, n_cells: int, global_batch_size: int) -> tuple[NDArra
 @njit(cache=True, nogil=True)
 def permute(places: NDArray[np.int64], epochs: NDArray[np.int64], n_cells: int, seed: Word) -> NDArray[np.int64]:
     """Where the permutation of each epoch sends each place, (places,): a bijection of [0, n_cells) for one epoch."""
-    side_a = uint64(np.ceil(np.sqrt(n_cells)))
-    side_b = (uint64(n_cells) + side_a - uint64(1)) // side_a
+    side_a = np.uint64(np.ceil(np.sqrt(n_cells)))
+    side_b = (np.uint64(n_cells) + side_a - np.uint64(1)) // side_a
     keys = np.empty(ROUNDS, np.uint64)
     keys_epoch = -1
     permuted = np.empty_like(places)
@@ -52,20 +52,20 @@ def permute(places: NDArray[np.int64], epochs: NDArray[np.int64], n_cells: int, 
             key = stream(seed, keys_epoch, 0, PURPOSE_ORDER)
             for r in range(ROUNDS):
                 keys[r] = bits(key, r)
-        index = uint64(places[i])
+        index = np.uint64(places[i])
         while True:
             index = _encrypt(index, keys, side_a, side_b)
-            if index < uint64(n_cells):
+            if index < np.uint64(n_cells):
                 break
         permuted[i] = index
     return permuted
 
 
 @njit(cache=True, nogil=True)
-def _encrypt(index: int, keys: NDArray[np.uint64], side_a: int, side_b: int) -> int:
+def _encrypt(index: Word, keys: NDArray[np.uint64], side_a: Word, side_b: Word) -> np.uint64:
     """One pass over the grid: index = a * side_b + b."""
-    a, b = index // side_b, index % side_b
+    a, b = np.uint64(index // side_b), np.uint64(index % side_b)
     for r in range(0, len(keys), 2):
-        a = (a + bits(keys[r], b) % side_a) % side_a
-        b = (b + bits(keys[r + 1], a) % side_b) % side_b
-    return a * side_b + b
+        a = np.uint64((a + bits(keys[r], b) % side_a) % side_a)
+        b = np.uint64((b + bits(keys[r + 1], a) % side_b) % side_b)
+    return np.uint64(a * side_b + b)

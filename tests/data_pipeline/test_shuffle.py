@@ -80,10 +80,8 @@ def test_runs_cut_in_any_way_merge_to_the_same_shards(tmp_path_factory: pytest.T
     owner = draw.integers(0, n_runs, n_cells)
     parts: dict[tuple[int, int], list[tuple[Path, int, str]]] = {}
     for run in range(n_runs):
-        mine = np.flatnonzero(owner == run)
         path = folder / f"{run}.arrow"
-        for part in write_run(path, cells.take(mine), {"label": labels.take(pa.array(mine))}, splits=splits[mine],
-                              buckets=buckets[mine]):
+        for part in write_run(path, cells, {"label": labels}, kept=owner == run, splits=splits, buckets=buckets):
             parts.setdefault((part.split, part.bucket), []).append((path, part.batch, "source"))
     seen = 0
     for (split, bucket), runs in parts.items():
@@ -101,9 +99,9 @@ def test_runs_cut_in_any_way_merge_to_the_same_shards(tmp_path_factory: pytest.T
 
 def test_a_cell_that_comes_twice_is_refused(tmp_path: Path) -> None:
     cells = random_cells(0, 5)
-    nowhere = np.zeros(5, np.int8), np.zeros(5, np.int64)
+    zeros = np.zeros(5, np.int64)
     for name in ("a", "b"):
-        write_run(tmp_path / name, cells, {}, splits=nowhere[0], buckets=nowhere[1])
+        write_run(tmp_path / name, cells, {}, kept=zeros == 0, splits=zeros.astype(np.int8), buckets=zeros)
     with pytest.raises(DataError, match="was written twice"):
         merge_runs([(tmp_path / "a", 0, "s"), (tmp_path / "b", 0, "s")], np.dtype(np.uint32), [])
 

@@ -132,8 +132,13 @@ class Engine:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         torch.manual_seed(_seed(config.train.seed, 0, 0, PURPOSE_WEIGHTS))   # every rank draws the same weights
         model: torch.nn.Module = build_model(config.model, vocab)
-        self.deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=self.json,
-                                                  dist_init_required=False)
+        try:
+            self.deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(),
+                                                      config=self.json, dist_init_required=False)
+        except (ValueError, AssertionError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
+            raise ConfigError(f"DeepSpeed refuses the configuration: {' '.join(str(error).split())}",
+                              where="deepspeed.overrides or train.precision",
+                              fix="change the setting that it names") from error
         self.objective, self.seed, self.world = config.objective, config.train.seed, world
         self._copies = world.world_size * config.batch.accumulation(world.world_size)
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]

@@ -151,3 +151,25 @@ def test_dropout_seeds_differ_by_run_step_and_micro_batch():
     seeds = {_seed(seed, step, number, np.uint64(9)) for seed in range(4) for step in range(50) for number in range(8)}
     assert len(seeds) == 4 * 50 * 8
     assert all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("setting", "says"), [
+    ("deepspeed.overrides={zero_optimization: {nonsense: 9}}", "nonsense"), ("train.precision=fp16", "fp16")])
+def test_what_deepspeed_refuses_is_one_sentence(corpus, tmp_path, setting, says):
+    if says == "fp16" and torch.cuda.is_available():
+        pytest.skip("a GPU trains in fp16")
+    code, errors = runs.train(corpus, tmp_path / "run", *GATE, setting)
+    assert code == 2
+    assert "DeepSpeed refuses the configuration" in errors
+    assert says in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_bf16_trains_on_a_cpu_that_is_told_to(corpus, tmp_path):
+    code, errors = runs.train(corpus, tmp_path / "run", "train.max_steps=30", "train.precision=bf16")
+    assert code == 0, errors
+    losses = [row["loss"] for (split, _), row in runs.curve(tmp_path / "run").items() if split == "train"]
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(tensor.dtype == torch.float32 for tensor in runs.weights(tmp_path / "run").values())

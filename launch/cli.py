@@ -7,6 +7,7 @@ stdout; `--json` makes it one JSON object on the last line. Exit codes: 0 done, 
 import argparse
 import json
 import logging
+import os
 import sys
 import textwrap
 import traceback
@@ -36,6 +37,8 @@ Command = Callable[[argparse.Namespace], Answer]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    # Threads that wait must sleep: spinning, two of them on a busy machine made a training step ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # read once, when torch is imported
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     _take_overrides(parser, args, rest)

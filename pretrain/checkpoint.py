@@ -114,6 +114,8 @@ def _publish(building: Path, checkpoints: Path, state: RunState, sums: list[dict
     write_bytes(checkpoints / LATEST, f"{final.name}\n".encode())
     if state.best_step == state.step:
         write_bytes(checkpoints / BEST, f"{final.name}\n".encode())
+    for script in checkpoints.glob("zero_to_*.py"):   # DeepSpeed's readers, which unpickle whatever they are given
+        remove(script)
     kept = {*steps_of(checkpoints)[-keep_last:], state.step, state.best_step}
     for step in steps_of(checkpoints):
         if step not in kept:

@@ -49,7 +49,7 @@ def test_parts_of_a_batch_add_up_to_the_whole_in_loss_and_gradient(model):
         model.zero_grad()
         for part in parts:
             sums = loss_sums(model, batch_of(cells.take(np.array(part))), objective)
-            (sums.scaled(count=count, copies=len(parts)) / len(parts)).backward()   # what DeepSpeed does with ranks and accumulation
+            (sums.scaled(count=count, copies=len(parts)) / len(parts)).backward()   # DeepSpeed's mean over parts
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     whole = gradient([[0, 1, 2, 3]])

@@ -82,18 +82,20 @@ def claim(out: Path, plan: Plan, *, fresh: bool) -> Iterator[BuildDir]:
     Raises DataError when another build holds it, and when it holds anything but the work of this very plan (with
     `fresh`, what other builds have left is removed first; never what no build has made).
     """
-    existed = out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        held = ExitStack()
-        held.enter_context(files.lock(out / LOCK, holder="another build", fix="wait for it, or give another --out"))
-    except OSError as error:
-        raise DataError(f"the directory cannot be used: {error.strerror}", where=str(out),
-                        fix="give an --out that can be written") from error
-    with held:
-        build = BuildDir(out, plan.sha256)
-        _check_content(build, fresh=fresh)
-        _prepare(build, plan)
+    build, existed = BuildDir(out, plan.sha256), out.exists()
+    with ExitStack() as held:
+        try:
+            if existed and not (out / LOCK).exists():
+                _check_content(build, fresh=fresh)   # before a lock is left in a directory that is not ours
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(files.lock(out / LOCK, holder="another build", fix="wait for it, or give another --out"))
+            _check_content(build, fresh=fresh)
+            if fresh:
+                _clear(build)
+            _prepare(build, plan)
+        except OSError as error:
+            raise DataError(f"the directory cannot be used: {error.strerror}", where=str(out),
+                            fix="give an --out that can be written") from error
         try:
             yield build
         except BaseException:
@@ -113,23 +115,26 @@ def finished(build: BuildDir) -> bool:
 
 
 def _check_content(build: BuildDir, *, fresh: bool) -> None:
-    found = {path.name for path in build.out.iterdir() if not path.name.startswith(files.TEMPORARY_PREFIX)}
-    if foreign := sorted(found - _OURS):
+    """Raise DataError unless the directory is empty, or holds work of this plan, or (`fresh`) of any build."""
+    found = {path.name for path in build.out.iterdir() if not path.name.startswith(files.TEMPORARY_PREFIX)} - {LOCK}
+    foreign = sorted(found - _OURS if found & {MANIFEST, BUILD} else found)
+    if foreign:
         raise DataError(f"the directory holds something else: {', '.join(foreign[:5])}", where=str(build.out),
                         fix="give an empty or new --out")
-    if fresh:
-        files.remove(build.out / MANIFEST)   # first: from here on there is no corpus
-        for name in sorted(found & _OURS - {LOCK, MANIFEST}):
-            files.remove(build.out / name)
-        return
-    held = _plan_held(build.out)
-    if held is None and found - {LOCK, BUILD}:
-        raise DataError(f"the directory holds something else: {', '.join(sorted(found - {LOCK, BUILD})[:5])}",
-                        where=str(build.out), fix="give an empty or new --out, or --fresh to replace it")
+    held = None if fresh else _plan_held(build.out)
     if held is not None and held != build.plan_sha256:
         what = "a corpus" if MANIFEST in found else "an unfinished build"
         raise DataError(f"the directory holds {what} of another plan (its sources, settings or package version differ)",
                         where=str(build.out), fix="give another --out, or --fresh to replace it")
+
+
+def _clear(build: BuildDir) -> None:
+    """Remove a corpus or an unfinished build; DIR/.build, by which it is known as one, goes last."""
+    build.path.mkdir(exist_ok=True)
+    files.remove(build.out / MANIFEST)   # first: from here on there is no corpus
+    for name in sorted(_OURS - {LOCK, MANIFEST, BUILD}):
+        files.remove(build.out / name)
+    files.remove(build.path)
 
 
 def _plan_held(out: Path) -> str | None:

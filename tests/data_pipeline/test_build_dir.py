@@ -71,13 +71,17 @@ def test_what_no_build_has_made_is_never_touched(tmp_path: Path, plan: Plan, fre
     with pytest.raises(DataError, match="holds something else: thesis.txt"), claim(tmp_path, plan, fresh=fresh):
         pass
     assert (tmp_path / "thesis.txt").read_text() == "years"
-    assert names(tmp_path) <= {"thesis.txt", LOCK}
+    assert names(tmp_path) == {"thesis.txt"}
 
 
-def test_a_folder_named_as_ours_without_a_corpus_is_something_else(tmp_path: Path, plan: Plan) -> None:
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_named_as_ours_without_a_corpus_is_something_else(tmp_path: Path, plan: Plan, fresh: bool) -> None:
     (tmp_path / "train").mkdir()
-    with pytest.raises(DataError, match="holds something else: train"), claim(tmp_path, plan, fresh=False):
+    (tmp_path / "train" / "picture.png").write_text("")
+    with pytest.raises(DataError, match="holds something else: train"), claim(tmp_path, plan, fresh=fresh):
         pass
+    assert names(tmp_path) == {"train"}
+    assert names(tmp_path / "train") == {"picture.png"}
 
 
 def test_a_second_build_is_refused_while_the_first_lives(tmp_path: Path, plan: Plan) -> None:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +43,7 @@ _OBJECT_STORE_BYTES = 80 << 20   # records are small; the least that Ray takes i
 _TEMPORARY = "scgpt-ray-"
 _SHORT = 40                      # characters: Ray adds some 65 for its sockets, whose paths end at 107
 _PATIENCE_S = 5.0                # for processes of Ray to end
+_STALE_S = 60.0                  # a folder of a living build has an owner at once
 _RETRIES = 5                     # of a task whose worker was lost; a task that raises is not tried again
 _IN_FLIGHT = 4                   # tasks handed to Ray for each CPU
 
@@ -282,12 +283,15 @@ def _private_folder() -> Iterator[Path]:
 
 
 def _remove_if_abandoned(folder: Path) -> None:
-    try:
+    with suppress(OSError):   # of somebody else, in use, or gone meanwhile
+        if not (folder / "owner").exists():
+            # Removed while a process of the dead build was still starting, and made again by it.
+            if time.time() - folder.stat().st_mtime > _STALE_S:
+                _remove(folder)
+            return
         with (folder / "owner").open("r+") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(folder)
-    except OSError:   # of somebody else, in use, or already gone
-        return
 
 
 def _remove(folder: Path) -> None:

@@ -114,12 +114,18 @@ def test_what_a_killed_build_left_is_removed_and_what_lives_is_not(monkeypatch: 
         dead = Path(parent) / f"{execute._TEMPORARY}dead"
         dead.mkdir()
         (dead / "owner").touch()
+        remade, beginning = (Path(parent) / f"{execute._TEMPORARY}{name}" for name in ("remade", "beginning"))
+        remade.mkdir()
+        os.utime(remade, (0, 0))
+        beginning.mkdir()
         with execute._private_folder() as first:
             assert not dead.exists()
+            assert not remade.exists()
+            assert beginning.exists()
             with execute._private_folder() as second:
                 assert first.exists()
                 assert second != first
-        assert not list(Path(parent).iterdir())
+        assert list(Path(parent).iterdir()) == [beginning]
 
 
 # ---- slow: each starts Ray at least once

@@ -1,5 +1,6 @@
 # The whole interface of a clone: git, make and python >= 3.11 (with venv) are all it needs. Nothing is written outside
-# the clone but a private temporary directory, removed at the end (Ray's sockets need a short path).
+# the clone but private temporary directories, removed at the end (Ray's sockets need a short path: where TMPDIR is long,
+# one of them is in /tmp).
 #
 #   make demo        atlas -> corpus -> training, killed and continued -> release -> embedding, on real cells
 #   make test        every test that is neither slow nor needs a GPU      make test-slow   the others (FULL=1: the longest too)
@@ -45,11 +46,11 @@ export HF_DATASETS_OFFLINE := 1
 export WANDB_ERROR_REPORTING := false
 
 # Run a recipe with a private temporary directory and a home inside the clone; the exit status is the recipe's.
-PRIVATE = export HOME="$(CACHE)/home"; mkdir -p "$$HOME"; short="$${TMPDIR:-/tmp}"; [ $${\#short} -le 32 ] || short=/tmp; \
-	TMPDIR="$$(mktemp -d "$$short/scgpt-XXXXXX")"; export TMPDIR; trap 'rm -rf "$$TMPDIR"' EXIT;
+PRIVATE = export HOME="$(CACHE)/home"; mkdir -p "$$HOME"; \
+	TMPDIR="$$(mktemp -d "$${TMPDIR:-/tmp}/scgpt-XXXXXX")"; export TMPDIR; trap 'rm -rf "$$TMPDIR"' EXIT;
 
 help:
-	@sed -n '4,8s/^# //p' Makefile
+	@sed -n '5,9s/^# //p' Makefile
 
 install: $(STAMP)
 

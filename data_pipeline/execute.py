@@ -41,7 +41,7 @@ from scgpt.errors import DataError, ScgptError, require_extra
 
 _OBJECT_STORE_BYTES = 80 << 20   # records are small; the least that Ray takes is 75 MiB
 _TEMPORARY = "scgpt-ray-"
-_SHORT = 40                      # characters: Ray adds some 65 for its sockets, whose paths end at 107
+_SHORT = 23                      # characters: our own name adds 19, Ray at most 65, and a socket's path ends at 107
 _PATIENCE_S = 5.0                # for processes of Ray to end
 _STALE_S = 60.0                  # a folder of a living build has an owner at once
 _RETRIES = 5                     # of a task whose worker was lost; a task that raises is not tried again

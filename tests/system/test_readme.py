@@ -32,6 +32,15 @@ def machine() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+def test_a_build_runs_where_the_temporary_directory_has_a_long_path(tmp_path: Path):
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    command = [sys.executable, "-m", "launch.cli", "data", "build", "demo", "--out", str(tmp_path / "corpus")]
+    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "TMPDIR": str(long)}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert list(long.iterdir()) == []
+
+
 def environment(machine: Path) -> dict[str, str]:
     """A newcomer's: PATH, an empty home, and what pip needs to reach the package index that this machine uses."""
     kept = {name: value for name, value in os.environ.items()

@@ -8,6 +8,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ from scgpt.errors import DataError, ScgptError, require_extra
 
 _OBJECT_STORE_BYTES = 80 << 20   # records are small; the least that Ray takes is 75 MiB
 _TEMPORARY = "scgpt-ray-"
+_MARK = "SCGPT_RAY_FOLDER"        # environment of the processes of a local Ray
 _SHORT = 23                      # characters: our own name adds 19, Ray at most 65, and a socket's path ends at 107
 _PATIENCE_S = 5.0                # for processes of Ray to end
 _STALE_S = 60.0                  # a folder of a living build has an owner at once
@@ -237,13 +239,36 @@ def _ray(address: str | None, directory: BuildDir) -> Iterator[RayWorkers]:
         finally:
             ray.shutdown()
         return
-    with _private_folder() as folder:
+    with _private_folder() as folder, _marked(folder):
         ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), num_gpus=0, include_dashboard=False,
                  object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=str(folder), **options)
         try:
             yield RayWorkers(ray, directory.out)
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _marked(folder: Path) -> Iterator[None]:
+    """Let every process that Ray starts here carry the folder's name in its environment; end them with the block.
+
+    Ray leaves agents behind when it is shut down while it starts, and they make the folder again.
+    """
+    os.environ[_MARK] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[_MARK]
+        _end_processes(folder)
+
+
+def _end_processes(folder: Path) -> None:
+    """Kill the processes of the Ray that had `folder`, and no others; this one's environment never had the mark."""
+    mark = f"{_MARK}={folder}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):   # of somebody else, or gone meanwhile
+            if mark in (process / "environ").read_bytes().split(b"\0") and int(process.name) != os.getpid():
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def _probe(ray: Any, directory: BuildDir) -> None:
@@ -291,6 +316,7 @@ def _remove_if_abandoned(folder: Path) -> None:
             return
         with (folder / "owner").open("r+") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _end_processes(folder)
             _remove(folder)
 
 

@@ -4,15 +4,11 @@ Tasks hand back small records; cells travel through files only. A task may run t
 files carry the attempt, equal work gives equal bytes, and the record follows the files. What an earlier build of the
 same plan has finished is found by its records, checked, and not done again.
 """
-import fcntl
 import os
 import secrets
-import shutil
-import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +19,7 @@ from data_pipeline.commit import commit
 from data_pipeline.config import CorpusConfig
 from data_pipeline.plan import Plan, make_plan
 from data_pipeline.progress import Progress
+from data_pipeline.ray_folder import ray_folder
 from data_pipeline.tasks import (
     Layout,
     block_task,
@@ -41,11 +38,6 @@ from scgpt.data.schema import expression_dtype
 from scgpt.errors import DataError, ScgptError, require_extra
 
 _OBJECT_STORE_BYTES = 80 << 20   # records are small; the least that Ray takes is 75 MiB
-_TEMPORARY = "scgpt-ray-"
-_MARK = "SCGPT_RAY_FOLDER"        # environment of the processes of a local Ray
-_SHORT = 23                      # characters: our own name adds 19, Ray at most 65, and a socket's path ends at 107
-_PATIENCE_S = 5.0                # for processes of Ray to end
-_STALE_S = 60.0                  # a folder of a living build has an owner at once
 _RETRIES = 5                     # of a task whose worker was lost; a task that raises is not tried again
 _IN_FLIGHT = 4                   # tasks handed to Ray for each CPU
 
@@ -239,36 +231,13 @@ def _ray(address: str | None, directory: BuildDir) -> Iterator[RayWorkers]:
         finally:
             ray.shutdown()
         return
-    with _private_folder() as folder, _marked(folder):
+    with ray_folder() as folder:
         ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), num_gpus=0, include_dashboard=False,
                  object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=str(folder), **options)
         try:
             yield RayWorkers(ray, directory.out)
         finally:
             ray.shutdown()
-
-
-@contextmanager
-def _marked(folder: Path) -> Iterator[None]:
-    """Let every process that Ray starts here carry the folder's name in its environment; end them with the block.
-
-    Ray leaves agents behind when it is shut down while it starts, and they make the folder again.
-    """
-    os.environ[_MARK] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ[_MARK]
-        _end_processes(folder)
-
-
-def _end_processes(folder: Path) -> None:
-    """Kill the processes of the Ray that had `folder`, and no others; this one's environment never had the mark."""
-    mark = f"{_MARK}={folder}".encode()
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):   # of somebody else, or gone meanwhile
-            if mark in (process / "environ").read_bytes().split(b"\0") and int(process.name) != os.getpid():
-                os.kill(int(process.name), signal.SIGKILL)
 
 
 def _probe(ray: Any, directory: BuildDir) -> None:
@@ -287,45 +256,6 @@ def _probe(ray: Any, directory: BuildDir) -> None:
 
 def _sees(directory: BuildDir) -> bool:
     return (directory.path / "plan.json").exists()
-
-
-@contextmanager
-def _private_folder() -> Iterator[Path]:
-    """A folder with a short path for Ray's sockets and logs; what a killed build has left of its own goes too."""
-    parent = Path(tempfile.gettempdir())
-    parent = parent if len(str(parent)) <= _SHORT else Path("/tmp")  # noqa: S108 mkdtemp makes it private
-    for left in parent.glob(f"{_TEMPORARY}*"):
-        _remove_if_abandoned(left)
-    folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=parent))
-    owner = folder / "owner"
-    with (folder / "new").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        (folder / "new").rename(owner)   # never seen unlocked while we live
-        try:
-            yield folder
-        finally:
-            _remove(folder)
-
-
-def _remove_if_abandoned(folder: Path) -> None:
-    with suppress(OSError):   # of somebody else, in use, or gone meanwhile
-        if not (folder / "owner").exists():
-            # Removed while a process of the dead build was still starting, and made again by it.
-            if time.time() - folder.stat().st_mtime > _STALE_S:
-                _remove(folder)
-            return
-        with (folder / "owner").open("r+") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _end_processes(folder)
-            _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder in which processes that are about to end may still make files."""
-    deadline_s = time.monotonic() + _PATIENCE_S
-    while folder.exists() and time.monotonic() < deadline_s:
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.05)
 
 
 @contextmanager

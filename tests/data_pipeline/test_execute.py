@@ -17,6 +17,7 @@ from data_pipeline import execute
 from data_pipeline.config import CorpusConfig
 from data_pipeline.execute import BuildResult, build
 from data_pipeline.progress import Progress
+from data_pipeline.ray_folder import TEMPORARY
 from scgpt.config import load_config
 from scgpt.data import Manifest, TokenDataset, verify_corpus
 from scgpt.errors import DataError, SourceError
@@ -50,8 +51,17 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Build
     shutil.rmtree(out)
 
 
+@pytest.fixture(autouse=True)
+def own_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Short, as Ray needs it, and shared with no other build on the machine."""
+    with tempfile.TemporaryDirectory(prefix="b-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield
+
+
 def left_by_us() -> list[Path]:
-    return list(Path(tempfile.gettempdir()).glob(f"{execute._TEMPORARY}*"))
+    return list(Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"))
 
 
 def test_the_demo_corpus_is_whole_and_accounts_for_every_cell(demo: tuple[Path, BuildResult]) -> None:
@@ -106,26 +116,6 @@ def test_a_complete_corpus_is_checked_and_not_built_again(demo: tuple[Path, Buil
             build(load_config(CorpusConfig, "demo", kind="corpus"), out)
     finally:
         part.write_bytes(content)
-
-
-def test_what_a_killed_build_left_is_removed_and_what_lives_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    with tempfile.TemporaryDirectory(dir="/tmp") as parent:   # short, as Ray needs it
-        monkeypatch.setattr(tempfile, "tempdir", parent)
-        dead = Path(parent) / f"{execute._TEMPORARY}dead"
-        dead.mkdir()
-        (dead / "owner").touch()
-        remade, beginning = (Path(parent) / f"{execute._TEMPORARY}{name}" for name in ("remade", "beginning"))
-        remade.mkdir()
-        os.utime(remade, (0, 0))
-        beginning.mkdir()
-        with execute._private_folder() as first:
-            assert not dead.exists()
-            assert not remade.exists()
-            assert beginning.exists()
-            with execute._private_folder() as second:
-                assert first.exists()
-                assert second != first
-        assert list(Path(parent).iterdir()) == [beginning]
 
 
 # ---- slow: each starts Ray at least once

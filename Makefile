@@ -6,12 +6,13 @@
 #   make test        every test that is neither slow nor needs a GPU      make test-slow   the others (FULL=1: the longest too)
 #   make check       ruff, types, import direction                        make format      what ruff can mend
 #   make bench       the demo's stages, timed                             make gpu-check   training and release on a GPU
+#   make bench-loader  batches from disk, beside plain NumPy              make bench-model  a step, packed beside padded
 #   make install     .venv with everything                                make clean       remove out/ and caches
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format bench gpu-check clean
+.PHONY: help install demo test test-slow check format bench bench-loader bench-model gpu-check clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,7 +26,6 @@ ARGS ?=
 CACHE := $(CURDIR)/.cache
 export PIP_CACHE_DIR := $(CACHE)/pip
 export XDG_CACHE_HOME := $(CACHE)/xdg
-export XDG_CONFIG_HOME := $(CACHE)/config
 export XDG_DATA_HOME := $(CACHE)/data
 export MPLCONFIGDIR := $(CACHE)/matplotlib
 export HF_HOME := $(CACHE)/huggingface
@@ -44,13 +44,15 @@ export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export WANDB_ERROR_REPORTING := false
+# Threads that wait sleep: several processes share the cores of a small machine.
+export OMP_WAIT_POLICY := PASSIVE
 
 # Run a recipe with a private temporary directory and a home inside the clone; the exit status is the recipe's.
-PRIVATE = export HOME="$(CACHE)/home"; mkdir -p "$$HOME"; \
+PRIVATE = export HOME="$(CACHE)/home" XDG_CONFIG_HOME="$(CACHE)/config"; mkdir -p "$$HOME"; \
 	TMPDIR="$$(mktemp -d "$${TMPDIR:-/tmp}/scgpt-XXXXXX")"; export TMPDIR; trap 'rm -rf "$$TMPDIR"' EXIT;
 
 help:
-	@sed -n '5,9s/^# //p' Makefile
+	@sed -n '5,10s/^# //p' Makefile
 
 install: $(STAMP)
 
@@ -80,6 +82,12 @@ format: install
 
 bench: install
 	@$(PRIVATE) $(PY) -m launch.demo --out out/bench --fresh $(ARGS)
+
+bench-loader: install
+	@$(PRIVATE) $(PY) benchmarks/loader.py $(ARGS)
+
+bench-model: install
+	@$(PRIVATE) $(PY) benchmarks/model.py $(ARGS)
 
 gpu-check: install
 	@$(PRIVATE) $(PY) -m launch.demo --gpu $(ARGS)

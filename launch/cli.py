@@ -166,9 +166,6 @@ def _config_class(kind: str) -> type[Any]:
     if kind == "corpus":
         from data_pipeline.config import CorpusConfig
         return CorpusConfig
-    if kind == "model":
-        from scgpt.model.config import ModelConfig
-        return ModelConfig
     from pretrain.config import TrainConfig
     return TrainConfig
 
@@ -213,7 +210,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = _adder(config.add_subparsers(title="commands", required=True, metavar="COMMAND"), shared)
     cmd = add("show", config_show, "print a resolved configuration", "scgpt config show base data.corpus=corpus")
     _config(cmd)
-    cmd.add_argument("--kind", choices=CONFIG_KINDS, default="pretrain", help="where a name is looked up (pretrain)")
+    cmd.add_argument("--kind", choices=("corpus", "pretrain"), default="pretrain",
+                     help="where a name is looked up (pretrain)")
     add("list", config_list, "names of the configurations that ship", "scgpt config list")
     return root
 

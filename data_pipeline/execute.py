@@ -35,7 +35,7 @@ from data_pipeline.tasks import (
 )
 from scgpt.data import Manifest, verify_corpus
 from scgpt.data.schema import expression_dtype
-from scgpt.errors import DataError, ScgptError, require_extra
+from scgpt.errors import DataError, ScgptError
 
 _OBJECT_STORE_BYTES = 80 << 20   # records are small; the least that Ray takes is 75 MiB
 _RETRIES = 5                     # of a task whose worker was lost; a task that raises is not tried again
@@ -63,7 +63,6 @@ def build(config: CorpusConfig, out: Path, *, ray_address: str | None = None, fr
 
     Raises ScgptError: see make_plan and claim; SourceError when a source turns out to be damaged.
     """
-    require_extra("ray", "data")
     out = out.absolute()   # workers have working directories of their own
     progress = progress or Progress()
     seconds: dict[str, float] = {}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.summaries import corpus_summary, describe_corpus, describe_plan, plan_summary
-from scgpt.errors import ConfigError, ScgptError
+from scgpt.errors import ConfigError, ScgptError, missing_package
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 75
 CONFIG_KINDS = ("corpus", "model", "pretrain")
@@ -48,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted: the same command continues")
         return EXIT_INTERRUPTED
-    except (ScgptError, OSError) as error:
+    except (ScgptError, OSError, ModuleNotFoundError) as found:
+        error = missing_package(found) if isinstance(found, ModuleNotFoundError) else found
+        if error is None:
+            raise
         if args.debug:
             traceback.print_exc()
         _say(f"error: {error}")

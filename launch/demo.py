@@ -55,7 +55,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
     parser.add_argument("--out", type=Path, help="default: out/demo, out/demo-seed-N for another seed")
     parser.add_argument("--fresh", action="store_true", help="remove what is there first")
-    parser.add_argument("--gpu", action="store_true", help="train on all GPUs of this machine of this machine; no kill")
+    parser.add_argument("--gpu", action="store_true", help="train on all GPUs of this machine; no kill")
     args = parser.parse_args(argv)
     name = ("gpu-check" if args.gpu else "demo") + (f"-seed-{args.seed}" if args.seed else "")
     args.out = args.out or Path("out") / name

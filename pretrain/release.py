@@ -76,7 +76,7 @@ vocabulary. Weights after {state.step:,} optimizer steps.
 ## Loading it in stock scGPT
 
 ```python
-{_LOADING.format(pre_norm=model.pre_norm)}
+{_LOADING.format(pre_norm=model.pre_norm, mvc=model.mvc)}
 ```
 
 Every tensor of that model is found here, and nothing here is left over.
@@ -92,7 +92,7 @@ args, vocab = json.load(open("args.json")), GeneVocab.from_file("vocab.json")
 model = TransformerModel(
     ntoken=len(vocab), d_model=args["embsize"], nhead=args["nheads"], d_hid=args["d_hid"], nlayers=args["nlayers"],
     nlayers_cls=args["n_layers_cls"], n_cls=1, vocab=vocab, dropout=args["dropout"], pad_token=args["pad_token"],
-    pad_value=args["pad_value"], do_mvc=True, use_fast_transformer=False, pre_norm={pre_norm})
+    pad_value=args["pad_value"], do_mvc={mvc}, use_fast_transformer=False, pre_norm={pre_norm})
 load_pretrained(model, torch.load("best_model.pt", map_location="cpu"), verbose=False)"""
 
 

@@ -10,7 +10,7 @@ import os
 import traceback
 from collections.abc import Sequence
 
-from scgpt.errors import ConfigError, ScgptError
+from scgpt.errors import ConfigError, ScgptError, missing_package
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         return _run(args)
+    except ModuleNotFoundError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        sys.stderr.write(f"error: {missing}\n")
+        return missing.exit_code
     except ScgptError as error:
         from pretrain.world import RankError
 

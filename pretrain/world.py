@@ -83,11 +83,6 @@ class World:
         return values
 
 
-def rank_of_environment() -> int:
-    """This process's rank, before any group exists."""
-    return int(os.environ.get("RANK", "0"))
-
-
 @contextmanager
 def join_world(*, timeout_s: float) -> Iterator[World]:
     """Join the ranks, leave them at the end. Sets the torch threads of a rank to its share of the node's cores.

@@ -47,10 +47,14 @@ def _rebuild(cls: type[ScgptError], what: str, where: str | None, fix: str | Non
     return cls(what, where=where, fix=fix)
 
 
-def require_extra(module: str, extra: str) -> None:
-    """Raise ConfigError naming the install command when `module`, which `extra` brings, is not installed."""
-    from importlib.util import find_spec
+_EXTRAS = {"torch": "model", "deepspeed": "train", "wandb": "train", "ray": "data", "anndata": "data", "h5py": "data",
+           "hdf5plugin": "data", "scipy": "data", "datasets": "data", "matplotlib": "all"}
 
-    if find_spec(module) is None:
-        raise ConfigError(f"this needs the package '{module}', which is not installed",
-                          fix=f"install it with: pip install 'scgpt-pretrain[{extra}]'")
+
+def missing_package(error: ModuleNotFoundError) -> "ConfigError | None":
+    """The sentence for a package that an extra of ours brings and that is not installed; None for any other module."""
+    module = (error.name or "").split(".")[0]
+    if module not in _EXTRAS:
+        return None
+    return ConfigError(f"this needs the package '{module}', which is not installed",
+                       fix=f"in a clone, install it with: pip install '.[{_EXTRAS[module]}]'")

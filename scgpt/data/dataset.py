@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scgpt.data.arrow_format import ArrowShards, map_shards
 from scgpt.data.manifest import MANIFEST, VOCAB, Manifest, ShardEntry, SplitEntry
 from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, RaggedBatch, check_cells
-from scgpt.errors import DataError, require_extra
+from scgpt.errors import DataError
 from scgpt.files import sha256
 from scgpt.vocab import GeneVocab
 
@@ -116,7 +116,6 @@ class TokenDataset:
 
     def to_hf(self, columns: Sequence[str] = ()) -> "datasets.Dataset":
         """The tokens as a memory-mapped Hugging Face dataset, without a copy; `columns` attaches metadata (copied)."""
-        require_extra("datasets", "data")
         import datasets
 
         parts = [datasets.Dataset.from_file(str(self.path / shard.file)) for shard in self.entry.shards]

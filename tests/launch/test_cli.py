@@ -132,3 +132,24 @@ def test_a_folder_that_is_not_there_is_one_sentence(command: str, capsys: pytest
     assert shown.err.startswith("error: ")
     assert shown.err.count("\n") == 1
     assert "no/such/folder" in shown.err
+
+
+@pytest.mark.parametrize(("module", "extra"), [("torch", "model"), ("deepspeed.comm", "train"), ("ray", "data")])
+def test_a_package_that_is_not_installed_is_one_sentence_with_the_command(monkeypatch, capsys, module, extra):
+    def fail(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError(f"No module named '{module}'", name=module)
+
+    monkeypatch.setattr("scgpt.data.verify_corpus", fail)
+    assert cli.main(["data", "verify", "corpus"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"pip install '.[{extra}]'" in said
+
+
+def test_a_module_of_ours_that_is_missing_stays_a_traceback(monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'scgpt.nothing'", name="scgpt.nothing")
+
+    monkeypatch.setattr("scgpt.data.verify_corpus", fail)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["data", "verify", "corpus"])

@@ -1,0 +1,1 @@
+"""Corpus to checkpoint to release: loader, objective, engine, loop, checkpoints, export."""

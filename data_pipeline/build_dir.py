@@ -20,7 +20,7 @@ from data_pipeline.plan import Plan
 from scgpt import files
 from scgpt.data import Manifest
 from scgpt.data.manifest import MANIFEST, VOCAB
-from scgpt.errors import DataError, ScgptError
+from scgpt.errors import ConfigError, ScgptError
 
 BUILD, LOCK, RUN = ".build", ".lock", "run.json"
 _OURS = {BUILD, LOCK, RUN, MANIFEST, VOCAB, "report.html", "report.json", *SPLITS}
@@ -79,8 +79,8 @@ def claim(out: Path, plan: Plan, *, fresh: bool) -> Iterator[BuildDir]:
 
     Leaves nothing behind when the block raises before any task has finished and nothing was there before.
 
-    Raises DataError when another build holds it, and when it holds anything but the work of this very plan (with
-    `fresh`, what other builds have left is removed first; never what no build has made).
+    Raises DataError when another build holds it; ConfigError when it cannot be made or written, or holds anything but
+    the work of this very plan (with `fresh`, what other builds have left is removed first; never what no build made).
     """
     build, existed = BuildDir(out, plan.sha256), out.exists()
     with ExitStack() as held:
@@ -94,8 +94,8 @@ def claim(out: Path, plan: Plan, *, fresh: bool) -> Iterator[BuildDir]:
                 _clear(build)
             _prepare(build, plan)
         except OSError as error:
-            raise DataError(f"the directory cannot be used: {error.strerror}", where=str(out),
-                            fix="give an --out that can be written") from error
+            raise ConfigError(f"the directory cannot be used: {error.strerror}", where=str(out),
+                              fix="give an --out that can be written") from error
         try:
             yield build
         except BaseException:
@@ -115,17 +115,17 @@ def finished(build: BuildDir) -> bool:
 
 
 def _check_content(build: BuildDir, *, fresh: bool) -> None:
-    """Raise DataError unless the directory is empty, or holds work of this plan, or (`fresh`) of any build."""
+    """Raise ConfigError unless the directory is empty, or holds work of this plan, or (`fresh`) of any build."""
     found = {path.name for path in build.out.iterdir() if not path.name.startswith(files.TEMPORARY_PREFIX)} - {LOCK}
     foreign = sorted(found - _OURS if found & {MANIFEST, BUILD} else found)
     if foreign:
-        raise DataError(f"the directory holds something else: {', '.join(foreign[:5])}", where=str(build.out),
-                        fix="give an empty or new --out")
+        raise ConfigError(f"the directory holds something else: {', '.join(foreign[:5])}", where=str(build.out),
+                          fix="give an empty or new --out")
     held = None if fresh else _plan_held(build.out)
     if held is not None and held != build.plan_sha256:
         what = "a corpus" if MANIFEST in found else "an unfinished build"
-        raise DataError(f"the directory holds {what} of another plan (its sources, settings or package version differ)",
-                        where=str(build.out), fix="give another --out, or --fresh to replace it")
+        raise ConfigError(f"the directory holds {what} of another plan (its sources, settings or package version "
+                          "differ)", where=str(build.out), fix="give another --out, or --fresh to replace it")
 
 
 def _clear(build: BuildDir) -> None:

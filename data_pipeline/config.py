@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, NonNegativeInt, field_validator, model_validator
 
 from data_pipeline.obs_filter import ObsFilter
-from scgpt.config import Bytes, Config, ConfigPath
+from scgpt.config import Bytes, Config, ConfigPath, Seed
 from scgpt.errors import ConfigError
 from scgpt.vocab import GeneVocab
 
@@ -61,7 +61,7 @@ class SplitsConfig(Config):
 
     valid: Fraction = 0.03                 # share of cells (or donors, or datasets) in the split `valid`
     by: Literal["cell", "donor", "dataset"] = "cell"   # what stays together; a cell without it goes by its source
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 class ShardsConfig(Config):
@@ -84,7 +84,7 @@ class CorpusConfig(Config):
     splits: SplitsConfig = SplitsConfig()
     shards: ShardsConfig = ShardsConfig()
     on_error: Literal["fail"] = "fail"     # what a source that cannot be read does to the build
-    seed: NonNegativeInt = 0               # of the shuffle
+    seed: Seed = 0               # of the shuffle
 
     @field_validator("columns")
     @classmethod

@@ -149,6 +149,7 @@ class RayWorkers:
 
     def __init__(self, ray: Any, out: Path) -> None:
         self._ray, self._out = ray, out
+        self._pending: dict[Any, int] = {}   # reference of a task -> place of its job
         self._in_flight = _IN_FLIGHT * max(int(ray.cluster_resources().get("CPU", 1)), 1)
 
     def share(self, value: object) -> Any:
@@ -156,28 +157,29 @@ class RayWorkers:
         return self._ray.put(value)
 
     def run(self, stage: str, layout: Layout, jobs: Sequence[Job], unit: str, progress: Progress) -> list[Record]:
-        """See Workers. Raises what a task raised: the others are cancelled."""
+        """See Workers. Raises what a task raised; the others go on, see wait."""
         remote = self._ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(find_or_do)
         shared = self.share(layout)
         progress.start(stage, sum(job.units for job in jobs), unit)
         results: dict[int, Record] = {}
-        pending: dict[Any, int] = {}
         waiting = iter(enumerate(jobs))
-        try:
-            while len(results) < len(jobs):
-                for number, job in _take(waiting, self._in_flight - len(pending)):
-                    pending[remote.remote(job.function, shared, job.task, *job.arguments)] = number
-                for reference in self._ray.wait(list(pending), num_returns=1)[0]:
-                    number = pending[reference]
-                    results[number] = self._result(reference)
-                    del pending[reference]
-                    progress.advance(jobs[number].units)
-        except BaseException:
-            for reference in pending:
-                self._ray.cancel(reference, force=True)
-            raise
+        while len(results) < len(jobs):
+            for number, job in _take(waiting, self._in_flight - len(self._pending)):
+                self._pending[remote.remote(job.function, shared, job.task, *job.arguments)] = number
+            for reference in self._ray.wait(list(self._pending), num_returns=1)[0]:
+                number = self._pending.pop(reference)
+                results[number] = self._result(reference)
+                progress.advance(jobs[number].units)
         progress.finish()
         return [results[number] for number in range(len(jobs))]
+
+    def wait(self) -> None:
+        """Until no task of ours is at work: they are few and short.
+
+        Never cancelled: Ray 2.60 ends the driver when a task is cancelled whose result is on its way.
+        """
+        if self._pending:
+            self._ray.wait(list(self._pending), num_returns=len(self._pending))
 
     def _result(self, reference: Any) -> Record:
         try:
@@ -219,7 +221,11 @@ def _ray(address: str | None, directory: BuildDir) -> Iterator[RayWorkers]:
     import ray
 
     if ray.is_initialized():   # inside a program that has its own
-        yield RayWorkers(ray, directory.out)
+        workers = RayWorkers(ray, directory.out)
+        try:
+            yield workers
+        finally:
+            workers.wait()   # the directory is given free after this
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:

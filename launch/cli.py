@@ -1,8 +1,7 @@
 """`scgpt`: parse, import what the command needs, call one function, print its answer.
 
 Nothing heavy is imported before a command runs, so `scgpt --help` answers at once. Logs go to stderr, the answer to
-stdout; `--json` makes it one JSON object on the last line. Exit codes: 0 done, 1 failed, 2 bad usage or configuration,
-75 interrupted but resumable (the same command continues).
+stdout; `--json` makes it one JSON object on the last line. Exit codes: see scgpt/errors.py.
 """
 import argparse
 import json
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.summaries import corpus_summary, describe_corpus, describe_plan, plan_summary
-from scgpt.errors import ConfigError, ScgptError, missing_package
+from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, explain
 
-EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 75
 CONFIG_KINDS = ("corpus", "model", "pretrain")
 
 
@@ -48,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted: the same command continues")
         return EXIT_INTERRUPTED
-    except (ScgptError, OSError, ModuleNotFoundError) as found:
-        error = missing_package(found) if isinstance(found, ModuleNotFoundError) else found
+    except Exception as found:
+        error = explain(found)
         if error is None:
             raise
         if args.debug:
             traceback.print_exc()
         _say(f"error: {error}")
-        return error.exit_code if isinstance(error, ScgptError) else EXIT_FAILED
+        return error.exit_code
     print(json.dumps(answer.value, allow_nan=False) if args.json else answer.text, flush=True)  # noqa: T201 the answer
     return int(answer.exit_code)
 
@@ -207,7 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
     cmd.add_argument("release", metavar="RELEASE", type=Path)
     cmd.add_argument("source", metavar="FILE.h5ad", type=Path)
     _out(cmd, "the file with obsm['X_scGPT'] added; replaced if there")
-    cmd.add_argument("--seed", type=int, default=0, help="of the sampled genes and tied bins (default: 0)")
+    cmd.add_argument("--seed", type=_seed, default=0, help="of the sampled genes and tied bins (default: 0)")
     cmd.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     config = commands.add_parser("config", help="what ships, and what a configuration resolves to")
     add = _adder(config.add_subparsers(title="commands", required=True, metavar="COMMAND"), shared)
@@ -252,7 +250,19 @@ def _config(parser: argparse.ArgumentParser) -> None:
 
 
 def _out(parser: argparse.ArgumentParser, purpose: str, *, required: bool = True) -> None:
-    parser.add_argument("--out", required=required, type=Path, metavar="PATH", help=purpose)
+    parser.add_argument("--out", required=required, type=_path, metavar="PATH", help=purpose)
+
+
+def _path(word: str) -> Path:
+    if not word:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(word)
+
+
+def _seed(word: str) -> int:
+    if not word.isdecimal() or int(word) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"'{word}' is no whole number of 0 or more, below 2^63")
+    return int(word)
 
 
 if __name__ == "__main__":

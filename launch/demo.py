@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.cli import EXIT_DONE, EXIT_INTERRUPTED
 from launch.summaries import describe_filtered
-from scgpt.errors import CheckpointError, ConfigError, DataError, ScgptError
+from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED, CheckpointError, ConfigError, DataError, ScgptError
 from scgpt.files import remove, write_json
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,8 +7,10 @@ to the embedding block by block, and a forward pass takes a bounded number of to
 """
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,8 @@ from numpy.typing import NDArray
 from scgpt.collate import CollateConfig, collate
 from scgpt.data.schema import RaggedBatch
 from scgpt.errors import CheckpointError, ConfigError, SourceError
-from scgpt.files import publish
-from scgpt.vocab import CLS, GeneVocab
+from scgpt.files import publish, remove_abandoned
+from scgpt.vocab import CLS, PAD, GeneVocab
 
 if TYPE_CHECKING:
     import h5py
@@ -34,6 +36,10 @@ BLOCK_VALUES = 1 << 22   # stored values of a block of rows
 BATCH_TOKENS = 1 << 14   # tokens of a forward pass; one cell may exceed it
 MIN_GENE_OVERLAP = 0.05  # share of the file's genes with a token, below which it is the wrong species or column
 SOURCE_NAME = "cells"    # in the key of every draw, whatever the file is called
+_FIX_GENES = "give a file whose var_names, or a column of var, hold symbols or Ensembl ids of the release's genes"
+_FIX_VALUES = "give a whole .h5ad file whose X or raw holds counts, or other values of 0 or more"
+_FIX_OLD = "read and write the file once with a newer anndata"
+_FIXES = (_FIX_GENES, _FIX_VALUES, _FIX_OLD)
 
 
 @dataclass(frozen=True)
@@ -72,22 +78,38 @@ def embed_file(release: Path, source_path: Path, out: Path, *, seed: int = 0, de
         seed: of the sampled genes and tied bins.
         device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:N`.
 
-    Raises SourceError for a file that cannot be embedded, CheckpointError for a release that cannot be read.
+    Raises SourceError for a file that cannot be embedded, CheckpointError for a release that cannot be read,
+    ConfigError for an `out` that cannot be written or a device that is not there.
     """
     from data_pipeline.genes import map_source
     from data_pipeline.sources import open_source
 
     if not out.parent.is_dir():
         raise ConfigError("there is no such folder", where=str(out.parent), fix="make it, or give another --out")
-    with open_source(source_path, name=SOURCE_NAME, kind="h5ad") as source:
+    if out.is_dir():
+        raise ConfigError("a folder is there", where=str(out), fix="give the path of a file to write")
+    with _advice(_FIX_VALUES), open_source(source_path, name=SOURCE_NAME, kind="h5ad") as source:
         if out.exists() and out.samefile(source_path):
             raise ConfigError("the input would be overwritten", where=str(out), fix="give another --out")
         embedder = load_embedder(release, device)
-        gene_map = map_source(source, embedder.vocab, min_gene_overlap=MIN_GENE_OVERLAP)
+        with _advice(_FIX_GENES):
+            gene_map = map_source(source, embedder.vocab, min_gene_overlap=MIN_GENE_OVERLAP)
+        remove_abandoned(out)
         with publish(out) as temporary:
             shutil.copyfile(source_path, temporary)
             _write(temporary, source.n_cells, embedder.d_model, embed_blocks(embedder, source, gene_map, seed=seed))
         return Embedded(out, source.n_cells, embedder.d_model, source.n_genes, gene_map.n_mapped)
+
+
+@contextmanager
+def _advice(fix: str) -> Iterator[None]:
+    """The readers of atlases advise on the settings of a corpus; here there are none."""
+    try:
+        yield
+    except SourceError as error:
+        if error.fix not in _FIXES:
+            error.fix = fix
+        raise
 
 
 def load_embedder(release: Path, device: str = "auto") -> Embedder:
@@ -98,6 +120,10 @@ def load_embedder(release: Path, device: str = "auto") -> Embedder:
 
     args = read_args(release)
     vocab = GeneVocab.from_file(release / "vocab.json", default_token=None)
+    missing = [token for token in (CLS, PAD) if token not in vocab]
+    if missing:
+        raise CheckpointError(f"its vocabulary lacks {' and '.join(missing)}", where=str(release / "vocab.json"),
+                              fix="take the file from where the release was published")
     model = build_model(ModelConfig.from_args(args), vocab)
     weights = release / SAFETENSORS_FILE
     weights = weights if weights.exists() else release / PT_FILE   # published folders hold only this one
@@ -134,8 +160,12 @@ def choose_device(device: str) -> str:
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"there is no device '{device}' here: torch finds no GPU", fix="give --device cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"there is no device '{device}'", fix="give --device auto, cpu, cuda or cuda:N")
+    n_gpus, number = torch.cuda.device_count(), int(device.partition(":")[2] or 0)
+    if device != "cpu" and number >= n_gpus:
+        raise ConfigError(f"there is no device '{device}' here: torch finds {n_gpus or 'no'} GPU(s)",
+                          fix="give --device auto or cpu")
     return device
 
 
@@ -207,7 +237,7 @@ def _make_dataset(file: "h5py.File", n_cells: int, d_model: int) -> "h5py.Datase
     group = file.require_group("obsm") if not isinstance(file.get("obsm"), h5py.Dataset) else None
     if group is None:
         raise SourceError("its obsm is in the form that anndata wrote before version 0.7", where=file.filename,
-                          fix="read and write the file once with a newer anndata")
+                          fix=_FIX_OLD)
     group.attrs.setdefault("encoding-type", "dict")
     group.attrs.setdefault("encoding-version", "0.1.0")
     if OBSM_KEY in group:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from scgpt.collate import CollateConfig
-from scgpt.config import Config, ConfigPath
+from scgpt.config import Config, ConfigPath, Seed
 from scgpt.errors import ConfigError
 from scgpt.model.config import ModelConfig
 
@@ -88,7 +88,7 @@ class RunConfig(Config):
     max_epochs: Positive | None = None     # passes over the train split
     max_tokens: PositiveInt | None = None  # tokens trained on, `<cls>` and context_length counted
     max_time_s: Positive | None = None     # seconds of this start: then checkpoint, exit code 75
-    seed: NonNegativeInt = 0               # of weights, order, sampling, masks and dropout
+    seed: Seed = 0               # of weights, order, sampling, masks and dropout
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"   # auto: bf16 on a GPU that has it, else fp32
     log_every: PositiveInt = 10            # steps
     eval_every: PositiveInt = 1000         # steps

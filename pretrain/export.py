@@ -21,7 +21,7 @@ from pretrain.run_directory import VOCAB
 from pretrain.shards import Shards
 from scgpt.config import validate
 from scgpt.errors import CheckpointError, ConfigError
-from scgpt.files import json_bytes, publish, sha256, write_bytes
+from scgpt.files import json_bytes, publish, remove_abandoned, sha256, write_bytes
 from scgpt.model.build import build_model
 from scgpt.model.config import ModelConfig
 from scgpt.model.packed import PackedTensors
@@ -56,6 +56,7 @@ def export(run: Path, out: Path, *, step: str = "best") -> Path:
     state = checkpoint.validate(folder)
     config = validate(TrainConfig, state.config)
     vocab = _vocab_of(run, state)
+    remove_abandoned(out)
     with publish(out) as building:
         building.mkdir()
         _write(building, config, state, vocab, Shards(folder, stage=state.zero_stage, world_size=state.world_size))
@@ -64,6 +65,8 @@ def export(run: Path, out: Path, *, step: str = "best") -> Path:
 
 
 def _vocab_of(run: Path, state: RunState) -> GeneVocab:
+    if not (run / VOCAB).is_file():
+        raise CheckpointError(f"the run has no {VOCAB}", where=str(run), fix="restore the file from the corpus")
     vocab = GeneVocab.from_file(run / VOCAB, default_token=None)
     if vocab.sha256 != state.corpus["vocab_sha256"]:
         raise CheckpointError("vocab.json is not the vocabulary that the run was trained with", where=str(run / VOCAB),

@@ -15,10 +15,11 @@ from pretrain.evaluation import HeldOut
 from pretrain.metrics import Window
 from pretrain.objectives import metric_names
 from pretrain.prefetch import Prefetch
-from pretrain.recovery import EXIT_DONE, EXIT_INTERRUPTED, Interruption
+from pretrain.recovery import Interruption
 from pretrain.run_directory import CONFIG, DEEPSPEED, Corpus, OpenRun, open_run
 from pretrain.schedule import learning_rate
 from pretrain.world import RankError, World, join_world
+from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED
 from scgpt.files import write_bytes, write_json
 from scgpt.vocab import CLS
 

@@ -3,12 +3,16 @@
 The JSON lines are the record; a resume repeats steps, and the last row of a step counts. A line that a killed process
 left unfinished is cut off at the next start. Trackers may fail: that is told once, and the run goes on.
 """
+import errno
 import json
+import logging
 import math
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,8 @@ from torch import Tensor
 from pretrain.config import TrainConfig
 from pretrain.objectives import weighted
 from pretrain.world import World
-from scgpt.errors import ScgptError
+from scgpt.errors import CheckpointError, ScgptError
+from scgpt.files import remove
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 _WANDB_DIRS = ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
@@ -34,14 +39,20 @@ class JsonLines:
             whole = content.rfind(b"\n") + 1
             if whole < len(content):
                 os.truncate(path, whole)
-        self._stream = path.open("a", encoding="utf-8")
+        self._path, self._stream = path, path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row; numbers that are not finite become null."""
+        """Append a row; numbers that are not finite become null. Raises OSError with the path."""
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in row.items()}
-        self._stream.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
-        self._stream.flush()
+        line = json.dumps(finite, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        try:
+            n_written = self._stream.write(line)
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
+        if n_written != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
     def close(self) -> None:
         """Close the file."""
@@ -49,10 +60,17 @@ class JsonLines:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file, without an unfinished last line."""
+    """The rows of a JSON lines file, without an unfinished last line. Raises CheckpointError for any other bad line."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError("this line is no JSON object", where=f"{path}:{number}",
+                                  fix="mend or remove the line") from error
+    return rows
 
 
 def say(line: str) -> None:
@@ -84,10 +102,9 @@ class RunLog:
         if not self._first:
             return
         self._metrics.write(row)
-        if self._wandb is not None:
-            prefix = "" if row["split"] == "train" else f"{row['split']}/"
-            self._wandb.log({f"{prefix}{key}": value for key, value in row.items() if key not in ("step", "split")},
-                            step=row["step"])
+        prefix = "" if row["split"] == "train" else f"{row['split']}/"
+        tracked = {f"{prefix}{key}": value for key, value in row.items() if key not in ("step", "split")}
+        self._track(lambda run: run.log(tracked, step=row["step"]))
         line = describe(row, self._total)
         if self._bar is None:
             say(line)
@@ -105,16 +122,32 @@ class RunLog:
         if text is not None:
             (say if self._bar is None else self._bar.say)(text)
 
+    def failed(self, error: BaseException) -> None:
+        """The last event of a start that fails; one that cannot be written must not hide the failure itself."""
+        with suppress(OSError):
+            self.event("failed", error=f"{type(error).__name__}: {error}")
+
     def close(self) -> None:
         """Finish trackers and files."""
         if not self._first:
             return
         if self._bar is not None:
             self._bar.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._track(lambda run: run.finish())
         self._metrics.close()
         self._events.close()
+
+    def _track(self, call: Callable[[Any], None]) -> None:
+        """Call the tracker's run, where there is one; the first failure is told and ends the tracking, not the run."""
+        if self._wandb is None:
+            return
+        try:
+            call(self._wandb)
+        except Exception as error:  # noqa: BLE001 whatever the tracker raises
+            self._wandb = None
+            with suppress(OSError):
+                self.event("tracking_failed", f"wandb failed ({str(error).splitlines()[0] if str(error) else error!r}):"
+                                              " the run goes on without it; metrics.jsonl holds all")
 
     def _start_wandb(self, run: Path, config: TrainConfig) -> Any:
         """The tracker's run, kept below RUN/wandb; None where it is disabled or cannot start."""
@@ -125,6 +158,13 @@ class RunLog:
         for name in _WANDB_DIRS:
             os.environ.setdefault(name, str(folder if name != "WANDB_DIR" else run.resolve()))
         os.environ.setdefault("WANDB_SILENT", "true")
+        logging.raiseExceptions = False   # wandb's own log on a full disk: no traceback for every line
+        for left in folder.glob("tmp*wandb-*"):   # of a start that was killed
+            remove(left)
+        with _temporary_files_in(folder):
+            return self._init_wandb(run, config)
+
+    def _init_wandb(self, run: Path, config: TrainConfig) -> Any:
         try:
             import wandb
         except ImportError:
@@ -135,9 +175,19 @@ class RunLog:
                 return wandb.init(project=config.tracking.project, name=run.resolve().name, mode=mode,
                                   dir=run.resolve(), config=config.model_dump(mode="json"),
                                   settings=wandb.Settings(init_timeout=30, console="off", x_disable_stats=True))
-            except wandb.Error as error:
+            except (wandb.Error, OSError) as error:
                 self.event("tracking_failed", f"wandb ({mode}) cannot start: {str(error).splitlines()[0]}")
         return None
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """wandb makes temporary folders when it is imported, and leaves them when it is killed: not in the system's."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 class _Bar:

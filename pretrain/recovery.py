@@ -1,7 +1,4 @@
-"""How a run ends early and begins again: signals, time limit, a launcher that is gone, orphans of the last start.
-
-Exit codes: 0 done, 1 failed, 2 wrong configuration, 75 interrupted with a checkpoint: the same command continues.
-"""
+"""How a run ends early and begins again: signals, time limit, a launcher that is gone, orphans of the last start."""
 import contextlib
 import fcntl
 import os
@@ -15,7 +12,6 @@ from types import FrameType
 from pretrain.world import World
 from scgpt.errors import CheckpointError
 
-EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ORPHAN_WAIT_S = 120.0   # how long a start waits for ranks of the last one: they end by themselves after a step
 _POLL_S = 0.5

@@ -95,9 +95,10 @@ class OpenRun:
 def open_run(config: TrainConfig, path: Path, corpus: Corpus, world: World) -> Iterator[OpenRun]:
     """Make the directory, or open it to continue the run in it. All ranks call it.
 
-    Raises ConfigError where it holds something else, or a run with another configuration or corpus; CheckpointError
-    where ranks of another start hold it.
+    Raises ConfigError where it holds something else, or a run with another configuration or corpus, or the batch does
+    not fit the ranks; CheckpointError where ranks of another start hold it.
     """
+    config.batch.accumulation(world.world_size)   # before anything is made
     world.of_first(lambda: _claim(path))
     with hold_rank(path, world, tell=say):
         total = total_steps(config, corpus.train)
@@ -110,7 +111,7 @@ def open_run(config: TrainConfig, path: Path, corpus: Corpus, world: World) -> I
             state.config = config.model_dump(mode="json")
             yield OpenRun(path, state, log, total)
         except BaseException as error:
-            log.event("failed", error=f"{type(error).__name__}: {error}")
+            log.failed(error)
             raise
         finally:
             log.close()

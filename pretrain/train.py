@@ -10,11 +10,11 @@ import os
 import traceback
 from collections.abc import Sequence
 
-from scgpt.errors import ConfigError, ScgptError, missing_package
+from scgpt.errors import ConfigError, ScgptError, explain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, train; the exit code: 0 done, 1 failed, 2 wrong configuration, 75 interrupted with a checkpoint.
+    """Parse, train; the exit code, see scgpt/errors.py.
 
     A failure is one sentence on stderr, from rank 0 or from the rank that has it alone.
     """
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pretrain/train.py", description=__doc__)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one that ships")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings on top of it")
-    parser.add_argument("--out", type=Path, metavar="RUN", help="run directory; an interrupted run is continued")
+    parser.add_argument("--out", type=_path, metavar="RUN", help="run directory; an interrupted run is continued")
     parser.add_argument("--print-deepspeed-config", action="store_true", help="print what DeepSpeed is given, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)   # the launcher's; LOCAL_RANK says the same
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -31,20 +31,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         return _run(args)
-    except ModuleNotFoundError as error:
-        missing = missing_package(error)
-        if missing is None:
+    except Exception as found:
+        error = explain(found)
+        if error is None:
             raise
-        sys.stderr.write(f"error: {missing}\n")
-        return missing.exit_code
-    except ScgptError as error:
-        from pretrain.world import RankError
-
         if args.debug:
             traceback.print_exc()
-        if rank == 0 or isinstance(error, RankError):
+        if rank == 0 or not _is_of_all_ranks(found):
             sys.stderr.write(f"error: {f'rank {rank}: ' if rank else ''}{error}\n")
         return error.exit_code
+
+
+def _is_of_all_ranks(error: Exception) -> bool:
+    """Whether every rank raises it, so that one tells it."""
+    if not isinstance(error, ScgptError):
+        return False
+    from pretrain.world import RankError
+
+    return not isinstance(error, RankError)
+
+
+def _path(word: str) -> Path:
+    if not word:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(word)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 from torch._C._distributed_c10d import HashStore
 
-from scgpt.errors import ConfigError, ScgptError
+from scgpt.errors import EXIT_FAILED, ConfigError, ScgptError, explain
 
 T = TypeVar("T")
 _LOCAL_SIZE = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")   # deepspeed, torchrun, Slurm
@@ -61,14 +61,15 @@ class World:
         return total
 
     def of_first(self, make: Callable[[], T]) -> T:
-        """Rank 0 runs `make`, every rank gets the result; where it raises a ScgptError, the others a RankZeroError."""
+        """Rank 0 runs `make`, every rank gets the result; where it raises, the others raise a RankZeroError."""
         told: list[Any] = [None, None]
-        error: ScgptError | None = None
+        error: Exception | None = None
         if self.is_first:
             try:
                 told[0] = make()
-            except ScgptError as raised:
-                error, told[1] = raised, raised.exit_code
+            except Exception as raised:  # noqa: BLE001 the other ranks wait: they must hear of it
+                known = explain(raised)
+                error, told[1] = raised, EXIT_FAILED if known is None else known.exit_code
         distributed.broadcast_object_list(told, src=0, device=torch.device("cpu"))
         if error is not None:
             raise error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from scgpt.errors import ConfigError
 
@@ -25,7 +25,7 @@ C = TypeVar("C", bound="Config")
 class Config(BaseModel):
     """A frozen group of settings; a key that no field declares is refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     def to_yaml(self) -> str:
         """The resolved tree as YAML that `load_config` reads back to an equal tree."""
@@ -64,6 +64,7 @@ def _size(value: object) -> object:
 
 
 ConfigPath = Annotated[Path, BeforeValidator(_absolute)]   # resolved against the file it stands in
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Bytes = Annotated[int, BeforeValidator(_size)]             # 512MiB, 2GB or a plain number of bytes
 
 
@@ -234,6 +235,7 @@ def _explain(cls: type[Config], error: ValidationError,
 def _is_union_tag(part: str | int) -> bool:
     """Pydantic names the branch of a union inside a location; users never wrote that."""
     return isinstance(part, str) and (part[:1].isupper() or "[" in part
+                                      or part.startswith(("constrained-", "function-", "lax-or-strict"))
                                       or part in {"str", "int", "float", "bool", "path"})
 
 

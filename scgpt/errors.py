@@ -1,4 +1,10 @@
-"""What went wrong, where, and what to do: every failure a user can mend is one of these."""
+"""What went wrong, where, and what to do: every failure a user can mend is one of these.
+
+Exit codes of every command: 0 done, 1 failed, 2 bad usage or configuration, 75 interrupted: the same command continues.
+"""
+import errno
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 75
 
 
 class ScgptError(Exception):
@@ -10,7 +16,7 @@ class ScgptError(Exception):
         fix: what the user should do next.
     """
 
-    exit_code = 1
+    exit_code = EXIT_FAILED
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
         super().__init__(what)
@@ -28,7 +34,7 @@ class ScgptError(Exception):
 class ConfigError(ScgptError):
     """The command line or a configuration is wrong: nothing was started."""
 
-    exit_code = 2
+    exit_code = EXIT_USAGE
 
 
 class SourceError(ScgptError):
@@ -51,10 +57,33 @@ _EXTRAS = {"torch": "model", "deepspeed": "train", "wandb": "train", "ray": "dat
            "hdf5plugin": "data", "scipy": "data", "datasets": "data", "matplotlib": "all"}
 
 
-def missing_package(error: ModuleNotFoundError) -> "ConfigError | None":
-    """The sentence for a package that an extra of ours brings and that is not installed; None for any other module."""
+def explain(error: BaseException) -> ScgptError | None:
+    """The sentence for what a user can mend, whoever raised it; None for what must be a fault of the program."""
+    if isinstance(error, ScgptError):
+        return error
+    if isinstance(error, ModuleNotFoundError):
+        return _explain_missing(error)
+    if isinstance(error, OSError):
+        return _explain_os(error)
+    if (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in str(error)):   # torch's: a class of its own on GPUs, only words on CPUs
+        return ScgptError(f"the memory is used up: {(str(error).splitlines() or ['no more can be had'])[0]}",
+                          fix="make the model, batch.micro_batch_size or objective.context_length smaller")
+    return None
+
+
+def _explain_missing(error: ModuleNotFoundError) -> ConfigError | None:
+    """For a package that an extra of ours brings."""
     module = (error.name or "").split(".")[0]
     if module not in _EXTRAS:
         return None
     return ConfigError(f"this needs the package '{module}', which is not installed",
                        fix=f"in a clone, install it with: pip install '.[{_EXTRAS[module]}]'")
+
+
+def _explain_os(error: OSError) -> ScgptError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return ScgptError(error.strerror or str(error) or type(error).__name__,
+                      where=None if error.filename is None else str(error.filename),
+                      fix="make room, then give the same command again: what is finished is kept" if full else
+                          "check the path, its permissions and the disk")

@@ -5,6 +5,7 @@ and whatever a killed process left behind can be told from finished work.
 """
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -39,7 +40,7 @@ def publish(path: Path) -> Iterator[Path]:
     """Hand out a temporary path; when the block succeeds, make what was written there durable and name it `path`.
 
     Works for a file and for a folder (whose files are made durable one by one; `path` must not exist then). When the
-    block raises, the temporary is removed and `path` is what it was.
+    block raises, the temporary is removed and `path` is what it was; an OSError then names `path`.
     """
     temporary = temporary_path(path)
     try:
@@ -49,7 +50,9 @@ def publish(path: Path) -> Iterator[Path]:
         fsync_path(temporary)
         temporary.rename(path)
         fsync_path(path.parent)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and (error.filename is None or str(temporary) in str(error.filename)):
+            error.filename, error.filename2 = str(path), None   # what the user knows, not the temporary name
         remove(temporary)
         raise
 
@@ -85,6 +88,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what attempts at `path` by processes of this machine that are gone have left; where no lock is held."""
+    prefix = f"{TEMPORARY_PREFIX}{socket.gethostname()}-"
+    for left in path.parent.glob(f"{glob.escape(prefix)}*-{glob.escape(path.name)}"):
+        process, _, rest = left.name.removeprefix(prefix).partition("-")
+        ours = process.isdigit() and rest.partition("-")[2] == path.name
+        if ours and not Path(f"/proc/{process}").exists():
+            remove(left)
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -72,6 +72,9 @@ class AnnDataFile(Source):
                               fix=f"choose one of: {', '.join(present)}")
         if layer != AUTO:
             return cls(file, path, name, layer)
+        if not present:
+            raise SourceError("it holds no matrix: no X, raw or layer", where=str(path),
+                              fix="give a file with the expression matrix in X")
         if not {X, RAW} & set(present):
             raise ConfigError("there is neither X nor raw", where=str(path),
                               fix=f"choose layer: {' or '.join(present)}")

@@ -123,11 +123,11 @@ def open_source(path: Path | str, *, name: str | None = None, kind: str = AUTO, 
 
 
 def are_counts(values: NDArray[np.generic]) -> bool:
-    """Whether all values are integers of 0 or more."""
+    """Whether all values are finite integers of 0 or more."""
     if values.dtype.kind in "ub":
         return True
     numbers = np.asarray(values, np.float64)
-    return bool((numbers >= 0).all() and (numbers == np.floor(numbers)).all())
+    return bool(np.isfinite(numbers).all() and (numbers >= 0).all() and (numbers == np.floor(numbers)).all())
 
 
 def value_kind(values: NDArray[np.generic]) -> str:

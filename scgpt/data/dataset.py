@@ -78,8 +78,16 @@ class TokenDataset:
         return GeneVocab.from_file(path, default_token=None)
 
     def fetch(self, indices: NDArray[np.integer]) -> RaggedBatch:
-        """Copy cells out, in the given order; `columns` holds `cell_id`. IndexError for an index outside the split."""
-        return self.shards.fetch(self._checked(indices))
+        """Copy cells out, in the given order; `columns` holds `cell_id`.
+
+        Raises IndexError for an index outside the split, DataError where a shard holds what is no gene.
+        """
+        cells = self.shards.fetch(self._checked(indices))
+        n_tokens = self.manifest.vocab.tokens
+        if cells.genes.max(initial=0) >= n_tokens:
+            raise DataError(f"a shard holds gene ids beyond the vocabulary of {n_tokens} tokens", where=str(self.path),
+                            fix="find the damaged file with: scgpt data verify")
+        return cells
 
     def lengths_of(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
         """Values of the given cells, (cells,), read from the list boundaries alone."""

@@ -7,7 +7,7 @@ import pytest
 
 from data_pipeline.build_dir import BUILD, LOCK, BuildDir, claim, finished
 from data_pipeline.plan import Plan, make_plan
-from scgpt.errors import DataError
+from scgpt.errors import ConfigError, DataError
 from tests.data_pipeline.atlases import BLOOD, build_here, bytes_of, config_of
 
 
@@ -46,7 +46,7 @@ def test_finished_work_is_kept_for_the_same_plan_and_refused_to_another(tmp_path
         (build.runs / ".tmp-host-1-abc-block.arrow").write_bytes(b"half")
         raise KeyboardInterrupt
     other = make_plan(config_of(BLOOD, seed=1))
-    with pytest.raises(DataError, match="unfinished build of another plan.*--fresh"), claim(out, other, fresh=False):
+    with pytest.raises(ConfigError, match="unfinished build of another plan.*--fresh"), claim(out, other, fresh=False):
         pass
     with claim(out, plan, fresh=False) as build:
         assert build.read_record("block") == {"cells": 3}
@@ -68,7 +68,7 @@ def test_nothing_is_left_when_nothing_was_finished(tmp_path: Path, plan: Plan) -
 @pytest.mark.parametrize("fresh", [False, True])
 def test_what_no_build_has_made_is_never_touched(tmp_path: Path, plan: Plan, fresh: bool) -> None:
     (tmp_path / "thesis.txt").write_text("years")
-    with pytest.raises(DataError, match="holds something else: thesis.txt"), claim(tmp_path, plan, fresh=fresh):
+    with pytest.raises(ConfigError, match="holds something else: thesis.txt"), claim(tmp_path, plan, fresh=fresh):
         pass
     assert (tmp_path / "thesis.txt").read_text() == "years"
     assert names(tmp_path) == {"thesis.txt"}
@@ -78,7 +78,7 @@ def test_what_no_build_has_made_is_never_touched(tmp_path: Path, plan: Plan, fre
 def test_a_folder_named_as_ours_without_a_corpus_is_something_else(tmp_path: Path, plan: Plan, fresh: bool) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "picture.png").write_text("")
-    with pytest.raises(DataError, match="holds something else: train"), claim(tmp_path, plan, fresh=fresh):
+    with pytest.raises(ConfigError, match="holds something else: train"), claim(tmp_path, plan, fresh=fresh):
         pass
     assert names(tmp_path) == {"train"}
     assert names(tmp_path / "train") == {"picture.png"}
@@ -94,9 +94,9 @@ def test_a_second_build_is_refused_while_the_first_lives(tmp_path: Path, plan: P
 
 def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path, plan: Plan) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="the directory cannot be used"), claim(tmp_path / "file", plan, fresh=False):
+    with pytest.raises(ConfigError, match="the directory cannot be used"), claim(tmp_path / "file", plan, fresh=False):
         pass
-    with pytest.raises(DataError, match="the directory cannot be used"), claim(Path("/proc/x"), plan, fresh=False):
+    with pytest.raises(ConfigError, match="the directory cannot be used"), claim(Path("/proc/x"), plan, fresh=False):
         pass
 
 
@@ -106,7 +106,7 @@ def test_a_complete_corpus_is_left_alone_and_refused_to_another_plan(tmp_path: P
     with claim(tmp_path / "out", plan, fresh=False) as build:
         assert finished(build)
     other = make_plan(config_of(BLOOD, seed=1))
-    with pytest.raises(DataError, match="a corpus of another plan"), claim(tmp_path / "out", other, fresh=False):
+    with pytest.raises(ConfigError, match="a corpus of another plan"), claim(tmp_path / "out", other, fresh=False):
         pass
     assert bytes_of(tmp_path / "out") == before
 

@@ -244,6 +244,44 @@ def test_what_a_worker_raises_reaches_the_user_as_it_is(tmp_path: Path, monkeypa
     assert set(left_by_us()) <= before
 
 
+# A program that has started Ray itself, with a source that fails late and then with good ones.
+HOST = """
+import sys
+from pathlib import Path
+import ray
+from data_pipeline import plan
+from data_pipeline.config import CorpusConfig
+from data_pipeline.execute import build
+from data_pipeline.sources import base
+from scgpt.config import validate
+from scgpt.errors import SourceError
+plan.BLOCK_VALUES, base.PROBE_VALUES = 20_000, 100
+ray.init(num_cpus=2, include_dashboard=False, _temp_dir=sys.argv[1], log_to_driver=False)
+out = Path(sys.argv[2])
+try:
+    build(validate(CorpusConfig, {"sources": sys.argv[3:], "cells": {"min_genes": 10}}), out / "bad")
+except SourceError:
+    print("refused", flush=True)
+build(validate(CorpusConfig, {"sources": sys.argv[4:], "cells": {"min_genes": 10}, "splits": {"valid": 0.2},
+                              "shards": {"max_bytes": "512KiB"}}), out / "good")
+assert ray.is_initialized()
+ray.shutdown()
+print("complete")
+"""
+
+
+@pytest.mark.slow
+def test_inside_a_program_that_has_its_own_ray(atlases: list[Path], uninterrupted: tuple[Path, float],
+                                               tmp_path: Path) -> None:
+    counts = random_counts(6, 2500, 400, 0.1)
+    counts.data[-1] = 0.5
+    bad = write_h5ad(tmp_path / "bad.h5ad", counts)
+    done = subprocess.run([sys.executable, "-c", HOST, tempfile.gettempdir(), str(tmp_path), str(bad),
+                           *map(str, atlases)], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert (done.returncode, done.stdout) == (0, "refused\ncomplete\n"), done.stderr
+    assert bytes_of(tmp_path / "good") == bytes_of(uninterrupted[0])
+
+
 @pytest.mark.slow
 @pytest.mark.system
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small tmpfs")

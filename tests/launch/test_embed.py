@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import anndata
@@ -132,8 +133,14 @@ def test_what_cannot_be_embedded_leaves_nothing(tiny_release: Path, cells_h5ad: 
     foreign.var_names = [f"unknown-{index}" for index in range(foreign.n_vars)]
     foreign.write_h5ad(tmp_path / "foreign.h5ad")
     out = tmp_path / "out.h5ad"
-    with pytest.raises(SourceError, match="0 of 20125 genes"):
+    with pytest.raises(SourceError, match="0 of 20125 genes") as caught:
         embed_file(tiny_release, tmp_path / "foreign.h5ad", out)
+    assert "vocabulary, or lower" not in str(caught.value)   # that is advice for a corpus
+    for device in ("tpu", "cuda:99", "cuda:x", ""):
+        with pytest.raises(ConfigError, match=f"no device '{device}'"):
+            embed_file(tiny_release, cells_h5ad, out, device=device)
+    with pytest.raises(ConfigError, match="a folder is there"):
+        embed_file(tiny_release, cells_h5ad, tmp_path)
     with pytest.raises(ConfigError, match="would be overwritten"):
         embed_file(tiny_release, cells_h5ad, cells_h5ad)
     with pytest.raises(ConfigError, match="no such folder"):
@@ -143,9 +150,18 @@ def test_what_cannot_be_embedded_leaves_nothing(tiny_release: Path, cells_h5ad: 
     negative = anndata.read_h5ad(cells_h5ad)
     negative.X.data[-1] = -1
     negative.write_h5ad(tmp_path / "negative.h5ad")
-    with pytest.raises(SourceError, match="negative"):
+    with pytest.raises(SourceError, match=r"negative values.*give a whole \.h5ad file whose X or raw holds"):
         embed_file(tiny_release, tmp_path / "negative.h5ad", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign.h5ad", "negative.h5ad"]
+
+
+def test_a_vocabulary_without_its_special_tokens_is_named(tiny_release: Path, cells_h5ad: Path, tmp_path: Path):
+    release = shutil.copytree(tiny_release, tmp_path / "release")
+    vocab = json.loads((release / "vocab.json").read_bytes())
+    (release / "vocab.json").write_text(json.dumps({f"x{name}" if name[0] == "<" else name: index
+                                                    for name, index in vocab.items()}))
+    with pytest.raises(CheckpointError, match=r"lacks <cls> and <pad> \(.*vocab\.json"):
+        embed_file(release, cells_h5ad, tmp_path / "out.h5ad")
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60), most=st.integers(1, 200))

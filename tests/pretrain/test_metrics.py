@@ -1,12 +1,15 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from pretrain.metrics import JsonLines, Window, describe, read_rows
+from pretrain.config import TrainConfig
+from pretrain.metrics import JsonLines, RunLog, Window, describe, read_rows
 from pretrain.world import join_world
-from scgpt.errors import ScgptError
+from scgpt.config import load_config
+from scgpt.errors import CheckpointError, ScgptError
 
 NAMES = ("loss_expression", "loss_mvc", "mre")
 
@@ -35,6 +38,47 @@ def test_rows_are_appended_and_read_back_without_what_a_kill_cut_off(tmp_path):
     lines.write({"step": 2})
     lines.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_line_that_was_broken_by_hand_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(CheckpointError, match=r"rows\.jsonl:2"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_row_that_does_not_fit_on_the_disk_names_the_file_and_closing_is_quiet(tmp_path):
+    (tmp_path / "rows.jsonl").symlink_to("/dev/full")
+    lines = JsonLines(tmp_path / "rows.jsonl")
+    with pytest.raises(OSError, match="No space left") as caught:
+        lines.write({"step": 1})
+    assert caught.value.filename == str(tmp_path / "rows.jsonl")
+    lines.close()
+
+
+class FailingTracker:
+    def __init__(self):
+        self.calls = 0
+
+    def log(self, row, step):
+        self.calls += 1
+        raise ConnectionError("the server is gone")
+
+    def finish(self):
+        self.calls += 1
+
+
+def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(tmp_path, capsys):
+    config = load_config(TrainConfig, "demo", ["data.corpus=x", "tracking.wandb=disabled"], kind="pretrain")
+    log = RunLog(tmp_path, config, total_steps=2, first=True)
+    tracker = log._wandb = FailingTracker()
+    for step in (1, 2):
+        log.row({"step": step, "split": "valid", "loss_expression": 1.0, "loss_gene_mean": 2.0})
+    log.close()
+    assert tracker.calls == 1
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [row["event"] for row in read_rows(tmp_path / "events.jsonl")] == ["tracking_failed"]
+    assert capsys.readouterr().err.count("the server is gone") == 1
 
 
 def test_no_rows_where_there_is_no_file(tmp_path):

@@ -36,6 +36,27 @@ def test_a_folder_that_is_no_corpus_is_one_sentence_and_leaves_no_run_behind(cap
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("setting", "says", "code"), [
+    ("batch.global_batch_size=7", "no multiple", 2), ("optimizer.lr=.inf", "wrong value of 'optimizer.lr' = inf", 2),
+])
+def test_what_cannot_be_trained_leaves_no_run_behind(capsys, tmp_path, setting, says, code):
+    corpus = runs.make_corpus(tmp_path / "corpus")
+    assert main(["demo", f"data.corpus={corpus}", *runs.SETTINGS, setting, "--out", str(tmp_path / "run")]) == code
+    errors = capsys.readouterr().err
+    assert says in errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failure_of_one_rank_alone_is_told_by_it(capsys, monkeypatch):
+    def fail(args):
+        raise MemoryError("Unable to allocate 9 TiB")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("pretrain.train._run", fail)
+    assert main(["demo", "--out", "run"]) == 1
+    assert capsys.readouterr().err.startswith("error: rank 1: the memory is used up: Unable to allocate 9 TiB; make")
+
+
 def test_other_ranks_say_nothing_of_what_rank_0_says(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert main(["demo", "--out", "run"]) == 2

@@ -1,9 +1,13 @@
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from pydantic import Field
 
-from scgpt.config import Bytes, Config, ConfigPath, load_config
+from scgpt.config import Bytes, Config, ConfigPath, Seed, load_config
 from scgpt.errors import ConfigError
+
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Inner(Config):
@@ -17,7 +21,8 @@ class Inner(Config):
 class Outer(Config):
     batch: Inner = Inner()
     items: list[Inner] = []
-    seed: int = 0
+    seed: Seed = 0
+    ratio: Share | list[Share] = 0.5
 
 
 def write(path: Path, text: str) -> Path:
@@ -92,6 +97,9 @@ def test_a_file_that_is_wrong_is_refused_in_one_sentence(tmp_path: Path, text: s
 
 @pytest.mark.parametrize(("override", "says"), [
     ("seed", "not a setting"), ("=1", "not a setting"), ("seed=[", "not YAML"), ("sede=1", "did you mean 'seed'?"),
+    ("batch.rate=.inf", "wrong value of 'batch.rate' = inf"), ("batch.rate=.nan", "wrong value of 'batch.rate'"),
+    (f"seed={2**63}", "wrong value of 'seed'"), ("seed=-1", "wrong value of 'seed'"),
+    ("ratio=2", "wrong value of 'ratio' = 2"), ("ratio=[0.1, 2]", "wrong value of 'ratio"),
 ])
 def test_an_override_that_is_wrong_is_refused_in_one_sentence(tmp_path: Path, override: str, says: str):
     assert says in fault(write(tmp_path / "a.yaml", "seed: 1\n"), override)

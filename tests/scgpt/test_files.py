@@ -38,6 +38,26 @@ def test_leftovers_of_a_killed_attempt_are_told_from_finished_work(tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
+def test_what_a_killed_process_left_of_one_target_goes_and_nothing_else(tmp_path: Path):
+    process = multiprocessing.get_context("spawn").Process(target=_leave, args=(tmp_path / "release",))
+    process.start()
+    process.join(30)
+    ours = [files.temporary_path(tmp_path / "release"), files.temporary_path(tmp_path / "old-release")]
+    for path in ours:
+        path.mkdir()
+    (tmp_path / f"{files.TEMPORARY_PREFIX}elsewhere-1-00000000-release").mkdir()
+    (tmp_path / "release").mkdir()
+    before = set(tmp_path.iterdir())
+    files.remove_abandoned(tmp_path / "release")
+    gone = before - set(tmp_path.iterdir())
+    assert len(gone) == 1
+    assert f"-{process.pid}-" in gone.pop().name
+
+
+def _leave(path: Path) -> None:
+    files.temporary_path(path).mkdir()
+
+
 def _hold(path: Path, ready, done) -> None:
     with files.lock(path, holder="a test", fix="wait"):
         ready.set()

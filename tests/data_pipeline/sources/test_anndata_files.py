@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
 from data_pipeline.sources import anndata_files, open_source
+from data_pipeline.sources.base import are_counts
 from scgpt.errors import ConfigError, ScgptError, SourceError
 from tests.data_pipeline.atlases import BLOOD, CHR21, PANCREAS, random_counts, spoil, write_h5ad
 
@@ -72,6 +73,14 @@ def test_auto_takes_raw_where_only_raw_holds_counts(tmp_path: Path, counts: spar
         assert np.array_equal(source.read_rows(0, 5).toarray(), counts[:5].toarray())
     with open_source(path, layer="X") as source:
         assert (source.layer, source.other_matrices()) == ("X", ["raw"])
+
+
+def test_infinite_values_are_no_counts(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    assert not are_counts(np.array([1.0, np.inf]))
+    infinite = counts.astype(np.float32)
+    infinite.data[0] = np.inf
+    with open_source(write_h5ad(tmp_path / "a.h5ad", infinite, raw=counts)) as source:
+        assert source.layer == "raw"
 
 
 def test_auto_prefers_x_and_never_takes_a_layer(tmp_path: Path, counts: sparse.csr_matrix) -> None:
@@ -202,6 +211,15 @@ def test_missing_and_foreign_files_are_told() -> None:
         open_source("/nowhere/a.h5ad")
     with pytest.raises(SourceError, match="suffix '.py'"):
         open_source(__file__)
+
+
+def test_a_file_without_any_matrix_is_told(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", counts)
+    with h5py.File(path, "r+") as file:
+        del file["X"]
+        file.require_group("layers")
+    with pytest.raises(SourceError, match="it holds no matrix: no X, raw or layer"):
+        open_source(path)
 
 
 @pytest.mark.skipif("SCGPT_SHARED" not in os.environ, reason="SCGPT_SHARED names no folder with the shared data")

@@ -54,6 +54,18 @@ def test_verify_finds_a_file_that_does_not_belong(corpus: Path):
         verify_corpus(corpus)
 
 
+def test_gene_ids_beyond_the_vocabulary_are_told_before_a_model_sees_them(corpus: Path):
+    genes = TokenDataset.open(corpus).fetch(np.array([1])).genes
+    part = corpus / "train" / "part-00000.arrow"
+    content = part.read_bytes()
+    assert content.count(genes.tobytes()) == 1
+    part.write_bytes(content.replace(genes.tobytes(), b"\xff" * genes.nbytes))
+    dataset = TokenDataset.open(corpus)
+    dataset.fetch(np.array([0, 2]))
+    with pytest.raises(DataError, match="beyond the vocabulary of .* tokens.*scgpt data verify"):
+        dataset.fetch(np.array([0, 1]))
+
+
 def test_one_cell_by_index(corpus: Path):
     dataset = TokenDataset.open(corpus)
     last = dataset[-1]

@@ -39,6 +39,10 @@ def test_shell_blocks_are_shell(page: Path):
             subprocess.run(["bash", "-n"], input=block.code, text=True, check=True)
 
 
+def test_the_script_of_continuous_integration_is_shell():
+    subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
+
+
 def test_pages_show_commands():
     assert len(shell_lines()) >= 5
 

@@ -156,7 +156,7 @@ def _prepare(build: BuildDir, plan: Plan) -> None:
     if (build.out / MANIFEST).exists():
         return
     files.remove_temporaries(build.out)
-    content = {"plan": plan.sha256, "modified_ns": [source.modified_ns for source in plan.sources]}
+    content = {"plan": plan.sha256, "states": [source.state for source in plan.sources]}
     try:
         untouched = json.loads((build.path / "plan.json").read_bytes()) == content
     except (FileNotFoundError, ValueError):

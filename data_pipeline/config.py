@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, NonNegativeInt, field_validator, model_validator
 
 from data_pipeline.obs_filter import ObsFilter
-from scgpt.config import Bytes, Config, ConfigPath, Seed
+from data_pipeline.sources.kinds import KINDS
+from data_pipeline.sources.location import Location
+from scgpt.config import Bytes, Config, ConfigPath, ConfigPlace, Seed
 from scgpt.errors import ConfigError
 from scgpt.vocab import GeneVocab
 
@@ -18,16 +20,23 @@ def _parses(text: str) -> str:
     return text
 
 
+def _known(kind: str) -> str:
+    if kind not in ("auto", *KINDS):
+        raise ValueError(f"choose auto, {', '.join(KINDS)}")
+    return kind
+
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 FilterText = Annotated[str, AfterValidator(_parses)]   # see obs_filter
+KindName = Annotated[str, AfterValidator(_known)]
 
 
 class SourceConfig(Config):
     """One atlas, or a glob of atlases that share these settings. A bare path stands for `{path: ...}`."""
 
-    path: ConfigPath                       # a file or a glob, relative to the configuration file
+    path: ConfigPlace                      # a file, a folder or a glob, relative to the configuration file; or a URL
     name: str | None = None                # of the source, part of every cell id; null: the file's stem
-    kind: Literal["auto", "h5ad"] = "auto"  # auto: by the file's suffix
+    kind: KindName = "auto"                # see sources/kinds.py; auto: by the name, else by what the folder holds
     layer: str = "auto"                    # X, raw or a layer's name; auto: X if it holds counts, else raw if that does
     gene_column: str = "auto"              # index or a column of var; auto: the one with most genes in the vocabulary
     columns: Mapping[str, str] = {}        # name in the corpus -> name in this source's obs
@@ -103,6 +112,6 @@ class CorpusConfig(Config):
         """The resolved configuration as plain values without a folder in it: what the plan hash and manifest hold."""
         values = self.model_dump(mode="json")
         for source, config in zip(values["sources"], self.sources, strict=True):
-            source["path"] = config.path.name
+            source["path"] = Location.of(config.path).name
         values["vocab"] = str(self.vocab).rpartition("/")[2]
         return values

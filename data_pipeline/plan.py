@@ -2,13 +2,11 @@
 
 Nothing here depends on who works, or how many; everything that the bytes of a corpus depend on is under the hash.
 """
-import glob
 import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +14,9 @@ from numpy.typing import NDArray
 from data_pipeline.cells import SPLITS, ObsReader, check_split_column
 from data_pipeline.config import CorpusConfig, SourceConfig
 from data_pipeline.genes import GeneMap, map_source
-from data_pipeline.sources.base import Source, are_counts, describe_values, open_source
+from data_pipeline.sources.base import Source, are_counts, describe_values
+from data_pipeline.sources.kinds import open_source
+from data_pipeline.sources.location import Fingerprint, Location
 from data_pipeline.tokenization import refused_values
 from scgpt import __version__
 from scgpt.data.schema import FORMAT_VERSION, gene_dtype, source_hash
@@ -25,7 +25,6 @@ from scgpt.vocab import GeneVocab
 
 BLOCK_VALUES = 4 << 20          # stored values of a row block: some 150 MB in a worker; one cell may exceed it
 BLOCK_CELLS = 1 << 17           # and cells, where they have few values
-_EDGE_BYTES = 1 << 20           # read at either end of a file for its fingerprint
 _VALUE_BYTES = 4                # the widest expression type: what a shard is planned with
 _CELL_BYTES = 24                # cell_id, two list offsets, a share of the batch headers
 _SCAN_CELLS = 1 << 20           # cells whose obs are looked at together
@@ -36,12 +35,13 @@ _DENSE_MARGIN = 1.25            # a dense matrix says only in its first rows how
 class SourcePlan:
     """One atlas of the plan."""
 
-    path: Path
+    path: Location
     name: str
+    kind: str                 # what `auto` found
     config: SourceConfig
     bytes: int
-    modified_ns: int          # in no hash: only held against the file around each read
-    edges_sha256: str         # of the first and last MiB
+    state: str                # in no hash: only held against the source around each read
+    edges_sha256: str         # of the ends of its files, see Fingerprint
     layer: str                # what `auto` chose
     n_cells: int
     n_values: int             # stored values; an estimate for CSC, an upper bound for dense
@@ -49,6 +49,10 @@ class SourcePlan:
     by_columns: bool          # CSC: cut into row blocks before they are read
     genes: GeneMap
     obs: ObsReader
+
+    def open(self) -> Source:
+        """The source as it was planned; every worker opens its own."""
+        return open_source(self.path, name=self.name, kind=self.kind, layer=self.layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +113,18 @@ def make_plan(config: CorpusConfig) -> Plan:
     vocab = config.load_vocab()
     sources: list[SourcePlan] = []
     totals = np.zeros((len(SPLITS), 2))
-    for path, source_config in _expand(config.sources):
-        with open_source(path, name=source_config.name, kind=source_config.kind, layer=source_config.layer) as source:
-            planned = _plan_source(source, source_config, config, vocab)
+    for location, source_config in _expand(config.sources):
+        known = location.fingerprint()
+        with open_source(location, name=source_config.name, kind=source_config.kind,
+                         layer=source_config.layer) as source:
+            planned = _plan_source(source, known, source_config, config, vocab)
             totals += _split_totals(source, planned, config)
         sources.append(planned)
     _check_names(sources)
     check_split_column(config.splits, [source.obs for source in sources])
     blocks = tuple(_blocks(sources))
+    for planned in sources:
+        check_unchanged(planned)
     if not blocks:
         raise SourceError("the sources hold no cells", where=", ".join(source.name for source in sources),
                           fix="give atlases with cells in them")
@@ -125,59 +133,48 @@ def make_plan(config: CorpusConfig) -> Plan:
     return Plan(config, vocab, tuple(sources), blocks, splits, _hash(config, vocab, sources, blocks, splits))
 
 
-def fingerprint(path: Path) -> tuple[int, int, str]:
-    """Bytes, time of modification in ns, and sha256 over the first and last MiB of a file."""
-    try:
-        status = path.stat()
-        with path.open("rb") as stream:
-            head = stream.read(_EDGE_BYTES)
-            stream.seek(max(status.st_size - _EDGE_BYTES, 0))
-            tail = stream.read(_EDGE_BYTES)
-    except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", where=str(path),
-                          fix="check the file's permissions") from error
-    return status.st_size, status.st_mtime_ns, hashlib.sha256(head + tail).hexdigest()
-
-
 def check_unchanged(source: SourcePlan) -> None:
-    """Raise SourceError when a source's size or time of modification is not what it was at planning."""
+    """Raise SourceError when a source is not as it was at planning: sizes and times of its files, or ETags."""
     try:
-        status = source.path.stat()
-        same = (status.st_size, status.st_mtime_ns) == (source.bytes, source.modified_ns)
-    except OSError:
-        same = False
+        same = source.path.state() == source.state
+    except SourceError as error:
+        if source.path.exists():
+            raise
+        raise _changed(source) from error
     if not same:
-        raise SourceError("the file changed while the corpus was being built", where=str(source.path),
-                          fix="start the build again once nothing writes to it")
+        raise _changed(source)
 
 
-def _expand(sources: Sequence[SourceConfig]) -> Iterator[tuple[Path, SourceConfig]]:
+def _changed(source: SourcePlan) -> SourceError:
+    return SourceError("the source changed while the corpus was being built", where=str(source.path),
+                       fix="start the build again once nothing writes to it")
+
+
+def _expand(sources: Sequence[SourceConfig]) -> Iterator[tuple[Location, SourceConfig]]:
     for config in sources:
-        pattern = str(config.path)
-        if config.path.exists() or not glob.has_magic(pattern):
-            yield config.path, config
-            continue
-        found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))  # noqa: PTH207 absolute
+        pattern = Location.of(config.path)
+        found = pattern.expand()
         if not found:
-            raise SourceError("no file matches this pattern", where=pattern, fix="check the path")
+            raise SourceError("no file matches this pattern", where=str(pattern), fix="check the path")
         if config.name is not None and len(found) > 1:
-            raise ConfigError(f"the name '{config.name}' is given to {len(found)} files", where=pattern,
+            raise ConfigError(f"the name '{config.name}' is given to {len(found)} files", where=str(pattern),
                               fix="leave the name out, so that each is called by its file's stem, or list the files")
-        for path in found:
-            yield path, config
+        for location in found:
+            yield location, config
 
 
-def _plan_source(source: Source, source_config: SourceConfig, config: CorpusConfig, vocab: GeneVocab) -> SourcePlan:
-    n_bytes, modified_ns, edges = fingerprint(source.path)
+def _plan_source(source: Source, known: Fingerprint, source_config: SourceConfig, config: CorpusConfig,
+                 vocab: GeneVocab) -> SourcePlan:
     genes = map_source(source, vocab, gene_column=source_config.gene_column,
                        min_gene_overlap=config.genes.min_gene_overlap)
     values = source.probe()
     if config.cells.expression_kind == "counts" and not are_counts(values):
         raise refused_values(source, values, f"it holds {describe_values(values)}", counts=True)
     obs = ObsReader.of(source, source_config, config.columns, config.cells)
-    return SourcePlan(source.path, source.name, source_config, n_bytes, modified_ns, edges, source.layer,
-                      source.n_cells, int(source.value_offsets(source.n_cells, source.n_cells)[0]),
-                      source.bytes_per_value(), source.by_columns, genes, obs)
+    return SourcePlan(source.path, source.name, source.kind, source_config, known.bytes, known.state,
+                      known.edges_sha256, source.layer, source.n_cells,
+                      int(source.value_offsets(source.n_cells, source.n_cells)[0]), source.bytes_per_value(),
+                      source.by_columns, genes, obs)
 
 
 def _split_totals(source: Source, planned: SourcePlan, config: CorpusConfig) -> NDArray[np.float64]:
@@ -198,7 +195,7 @@ def _split_totals(source: Source, planned: SourcePlan, config: CorpusConfig) -> 
 def _blocks(sources: Sequence[SourcePlan]) -> Iterator[Block]:
     number = before = 0
     for place, planned in enumerate(sources):
-        with open_source(planned.path, name=planned.name, kind=planned.config.kind, layer=planned.layer) as source:
+        with planned.open() as source:
             first = 0
             while first < source.n_cells:
                 offsets = source.value_offsets(first, min(first + BLOCK_CELLS, source.n_cells))

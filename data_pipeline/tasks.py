@@ -15,7 +15,6 @@ from data_pipeline.cells import KEPT, SPLITS, judge
 from data_pipeline.config import CorpusConfig
 from data_pipeline.plan import Block, SourcePlan, check_unchanged
 from data_pipeline.shuffle import KEY, merge_runs, ordered_buckets, shuffle_keys, shuffled_buckets, write_run
-from data_pipeline.sources.base import open_source
 from data_pipeline.tokenization import tokenize_block
 from scgpt import files
 from scgpt.data.arrow_format import write_obs, write_shard
@@ -43,9 +42,9 @@ class ShardTask:
 
 
 def hash_source(layout: Layout, number: int, source: SourcePlan) -> Record:
-    """sha256 of a whole source file."""
+    """sha256 of a whole source."""
     check_unchanged(source)
-    digest = files.sha256(source.path)
+    digest = source.path.sha256()
     check_unchanged(source)
     return layout.build.write_record(source_task(number), {"sha256": digest}, [])
 
@@ -55,8 +54,7 @@ def cut_source(layout: Layout, number: int, source: SourcePlan, firsts: Sequence
     folder = cut_folder(layout.build, number)
     folder.parent.mkdir(exist_ok=True)
     check_unchanged(source)
-    with files.publish(folder) as temporary, open_source(source.path, name=source.name, kind=source.config.kind,
-                                                         layer=source.layer) as opened:
+    with files.publish(folder) as temporary, source.open() as opened:
         made = [folder / path.name for path in opened.cut_row_blocks(firsts, temporary)]
         files.remove(folder)   # of an attempt whose record is missing
     check_unchanged(source)
@@ -67,7 +65,7 @@ def tokenize_to_run(layout: Layout, block: Block, source: SourcePlan, row_blocks
     """Read a block (from `row_blocks`, where its source was cut), judge its cells, write those kept as a run."""
     config = layout.config
     check_unchanged(source)
-    with open_source(source.path, name=source.name, kind=source.config.kind, layer=source.layer) as opened:
+    with source.open() as opened:
         if row_blocks is not None:
             opened.use_row_blocks(row_blocks)
         cells = tokenize_block(opened, source.genes, block.first, block.last,

@@ -9,16 +9,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from data_pipeline.genes import GeneMap
-from data_pipeline.sources.base import (
-    EXPRESSION_KINDS,
-    RAW,
-    Source,
-    X,
-    are_counts,
-    describe_values,
-    open_source,
-    value_kind,
-)
+from data_pipeline.sources.base import EXPRESSION_KINDS, RAW, Source, X, are_counts, describe_values, value_kind
+from data_pipeline.sources.kinds import open_source
 from scgpt.data.schema import CELL_ID, SOURCE_ROW, RaggedBatch, cell_ids, gene_dtype, offsets_of
 from scgpt.errors import SourceError
 
@@ -142,7 +134,7 @@ def _counts_elsewhere(source: Source) -> list[str]:
     found = []
     for layer in sorted(source.other_matrices(), key=lambda name: (name != RAW, "count" not in name, name != X, name)):
         try:
-            with open_source(source.path, layer=layer, kind="h5ad") as other:
+            with open_source(source.path, layer=layer, kind=source.kind) as other:
                 values = other.probe()
         except SourceError:   # a matrix that cannot be read is no better
             continue

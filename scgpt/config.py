@@ -51,6 +51,10 @@ def _absolute(value: object) -> object:
     return value
 
 
+def _text(value: object) -> object:
+    return str(value) if isinstance(value, Path | str) else value
+
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -64,6 +68,7 @@ def _size(value: object) -> object:
 
 
 ConfigPath = Annotated[Path, BeforeValidator(_absolute)]   # resolved against the file it stands in
+ConfigPlace = Annotated[str, BeforeValidator(lambda value: _text(_absolute(value)))]   # the same, or a URL, as text
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Bytes = Annotated[int, BeforeValidator(_size)]             # 512MiB, 2GB or a plain number of bytes
 

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from data_pipeline.sources import elements
 from data_pipeline.sources.base import AUTO, INDEX, PROBE_VALUES, RAW, Source, X, are_counts
+from data_pipeline.sources.location import Location
 from data_pipeline.sources.rechunk import Entries, cut_by_rows, read_block, to_csr
 from scgpt.errors import ConfigError, SourceError
 
@@ -28,7 +29,7 @@ _H5_ERRORS = (OSError, LookupError, ValueError, TypeError, RuntimeError, Attribu
 class AnnDataFile(Source):
     """An h5ad file with one of its matrices (X, raw/X or a layer) in use."""
 
-    def __init__(self, file: h5py.File, path: Path, name: str, layer: str) -> None:
+    def __init__(self, file: h5py.File, path: Location, name: str, layer: str) -> None:
         self.file, self.path, self.name, self.layer = file, path, name, layer
         self._row_blocks: Path | None = None
         with self._reading("header"):
@@ -45,14 +46,14 @@ class AnnDataFile(Source):
             self._check_shape()
 
     @classmethod
-    def open(cls, path: Path, *, name: str, layer: str = AUTO) -> "AnnDataFile":
+    def open(cls, path: Location, *, name: str, layer: str = AUTO) -> "AnnDataFile":
         """Open a file and choose its matrix; see `open_source`."""
         import hdf5plugin  # noqa: F401  registers the filters (zstd, blosc, ...) that files may use
 
         try:
-            file = h5py.File(path, "r")
+            file = h5py.File(path.path, "r")
         except OSError as error:
-            what = f"a damaged HDF5 file: {_cause(error)}" if h5py.is_hdf5(path) else "not an HDF5 file"
+            what = f"a damaged HDF5 file: {_cause(error)}" if h5py.is_hdf5(path.path) else "not an HDF5 file"
             raise SourceError(what, where=str(path), fix=f"give an .h5ad file; {_RESTORE}") from error
         try:
             with _reading(path, "header"):
@@ -62,7 +63,7 @@ class AnnDataFile(Source):
             raise
 
     @classmethod
-    def _choose(cls, file: h5py.File, path: Path, name: str, layer: str) -> "AnnDataFile":
+    def _choose(cls, file: h5py.File, path: Location, name: str, layer: str) -> "AnnDataFile":
         if not {"obs", "var"} <= set(file) or not (X in file or "layers" in file):
             raise SourceError(f"HDF5, but not AnnData: it holds {', '.join(sorted(file)[:8]) or 'nothing'}",
                               where=str(path), fix="give a file that anndata has written (X, obs, var)")
@@ -234,7 +235,7 @@ class AnnDataFile(Source):
 
 
 @contextlib.contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
+def _reading(path: Location, what: str) -> Iterator[None]:
     """Turn what h5py raises about a damaged or odd file into one sentence with the place."""
     try:
         yield

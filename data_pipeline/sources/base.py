@@ -1,4 +1,4 @@
-"""Source: what every kind of atlas offers to the pipeline, in bounded memory; `open_source` finds the right kind."""
+"""Source: what every kind of atlas offers to the pipeline, in bounded memory."""
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from scgpt.errors import SourceError
+from data_pipeline.sources.location import Location
 
 INDEX = "index"                  # stands for the names of the genes (var_names), beside the columns of var
 X, RAW, AUTO = "X", "raw", "auto"
@@ -22,7 +22,8 @@ PROBE_VALUES = 1 << 18           # stored values looked at to tell counts from o
 class Source(ABC):
     """An open atlas: cells in rows, genes in columns. Reading is stateless; close it, or use it in a `with`."""
 
-    path: Path
+    path: Location               # where it lies
+    kind: str                    # one of KINDS; `open_source` sets it
     name: str                    # part of every cell id
     layer: str                   # the matrix in use: X, raw or the name of a layer
     n_cells: int
@@ -98,28 +99,6 @@ class Source(ABC):
         offsets = self.value_offsets(0, min(self.n_cells, 4096))
         rows = int(np.searchsorted(offsets, offsets[0] + PROBE_VALUES, side="right")) - 1
         return self.read_rows(0, min(max(rows, 1), self.n_cells)).data if self.n_cells else np.zeros(0)
-
-
-def open_source(path: Path | str, *, name: str | None = None, kind: str = AUTO, layer: str = AUTO) -> Source:
-    """Open an atlas; headers only.
-
-    Args:
-        path: the file.
-        name: of the source; None: the file's stem.
-        kind: `h5ad`, or `auto` to go by the suffix.
-        layer: `X`, `raw`, the name of a layer; `auto`: X where it holds counts, else raw where that does, else X.
-
-    Raises SourceError when there is no such file, or it is not what its kind says.
-    """
-    from data_pipeline.sources.anndata_files import AnnDataFile
-
-    path = Path(path)
-    if not path.exists():
-        raise SourceError("there is no such file", where=str(path), fix="check the path")
-    if kind == AUTO and path.suffix != ".h5ad":
-        raise SourceError(f"the suffix '{path.suffix}' names no kind of atlas", where=str(path),
-                          fix="give an .h5ad file, or say what it is: kind: h5ad")
-    return AnnDataFile.open(path, name=name or path.stem, layer=layer)
 
 
 def are_counts(values: NDArray[np.generic]) -> bool:

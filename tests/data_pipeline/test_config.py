@@ -20,7 +20,7 @@ def load(path: Path, *overrides: str) -> CorpusConfig:
 
 def test_a_bare_path_is_a_source_beside_the_file(tmp_path: Path) -> None:
     config = load(written(tmp_path, "sources: [atlas/*.h5ad, {path: lung.h5ad, name: lung, layer: raw}]"))
-    assert [source.path for source in config.sources] == [tmp_path / "atlas/*.h5ad", tmp_path / "lung.h5ad"]
+    assert [source.path for source in config.sources] == [str(tmp_path / "atlas/*.h5ad"), str(tmp_path / "lung.h5ad")]
     assert (config.sources[0].name, config.sources[1].name, config.sources[1].layer) == (None, "lung", "raw")
 
 

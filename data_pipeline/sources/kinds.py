@@ -1,0 +1,72 @@
+"""The kinds of atlas: how each is told by its name or its content, and which reader opens it.
+
+A new kind is one line of KINDS and one module whose reader has `open(location, *, name, layer) -> Source`.
+"""
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from importlib import import_module
+from pathlib import Path
+from typing import cast
+
+from data_pipeline.sources.base import AUTO, Source
+from data_pipeline.sources.location import Location
+from scgpt.errors import SourceError
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How a kind is known, and who reads it."""
+
+    reader: str                     # module:class, imported when such a source is opened
+    suffixes: tuple[str, ...] = ()  # of a file's or a folder's name
+    holds: tuple[str, ...] = ()     # globs of names: a folder with one of them in it is of this kind
+
+
+# In the order in which `auto` tries them.
+KINDS: Mapping[str, Kind] = {
+    "h5ad": Kind("anndata_files:AnnDataFile", (".h5ad",)),
+}
+
+
+def open_source(place: Location | Path | str, *, name: str | None = None, kind: str = AUTO,
+                layer: str = AUTO) -> Source:
+    """Open an atlas; headers only.
+
+    Args:
+        place: a file or a folder, local or a URL.
+        name: of the source; None: the file's or folder's name without its ending.
+        kind: one of KINDS, or `auto` to go by the name, then, for a folder, by what is in it.
+        layer: `X`, `raw`, the name of a layer; `auto`: X where it holds counts, else raw where that does, else X.
+
+    Raises SourceError when there is no such source, or it is not what its kind says.
+    """
+    location = Location.of(place)
+    if not location.exists():
+        raise SourceError("there is no such file", where=str(location), fix="check the path")
+    kind = kind_of(location) if kind == AUTO else kind
+    module, _, reader = KINDS[kind].reader.partition(":")
+    opened = getattr(import_module(f"data_pipeline.sources.{module}"), reader).open(
+        location, name=name or location.stem, layer=layer)
+    opened.kind = kind
+    return cast(Source, opened)
+
+
+def kind_of(location: Location) -> str:
+    """The kind of a source by its name, else by what lies in the folder; SourceError when neither says it."""
+    found = location.name.lower()
+    for kind, known in KINDS.items():
+        if found.endswith(known.suffixes or ("\0",)):
+            return kind
+    within = location.names()
+    for kind, known in KINDS.items():
+        if any(fnmatch(name, pattern) for name in within for pattern in known.holds):
+            return kind
+    choice = ", ".join(KINDS)
+    if location.is_folder():
+        example = next((f"; for all atlases in it: {location}/*{Path(name).suffix}" for name in within
+                        if Path(name).suffix in {ending for known in KINDS.values() for ending in known.suffixes}), "")
+        raise SourceError("what the folder holds names no kind of atlas", where=str(location),
+                          fix=f"say what it is (kind: {choice}){example}")
+    raise SourceError(f"the suffix '{location.suffix}' names no kind of atlas", where=str(location),
+                      fix=f"give an .h5ad file, or say what it is (kind: {choice})")

@@ -1,0 +1,302 @@
+"""Location: where a source lies, a file or a folder, on a disk of this machine or behind a URL that fsspec opens.
+
+It is what workers are handed: a text, from which each opens its own connection. Credentials come from the environment
+and the configuration files that the storage's own library reads; what a URL itself carries of them (`user:password@`,
+the signature after `?`) is used to open it and shown to nobody.
+"""
+import contextlib
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from scgpt import files
+from scgpt.errors import ConfigError, ScgptError, SourceError
+
+_EDGE_BYTES = 1 << 20         # read at either end of a file for its fingerprint
+_FOLDER_EDGE_BYTES = 1 << 16  # and of each of some files of a folder:
+_EDGE_FILES = 16              # that many of the smallest (there the shapes and types are), as many spread over all
+_REMOTE_BLOCK_BYTES = 1 << 20  # a request of a remote file; BlockCache holds 32 of them
+_STREAM_BYTES = 8 << 20       # a request while a whole remote file is read
+# What a storage says of an object's state, the surest first.
+_STATE_KEYS = ("ETag", "etag", "md5Hash", "Content-MD5", "content_md5", "generation", "VersionId", "LastModified",
+               "Last-Modified", "last_modified", "updated", "mtime", "modified", "created")
+# Endings that are no part of a source's name, the longest first.
+_SUFFIXES = (".datatable.parquet", ".zarr.zip", ".h5ad", ".zarr", ".parquet", ".arrow", ".soma", ".scb", ".mtx.gz",
+             ".mtx", ".h5", ".zip", ".gz")
+_HTTP = ("http", "https")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of a source."""
+
+    name: str     # below the folder, with `/`; of a file: its own name
+    bytes: int
+    state: str    # changes when the file is written: time of modification, ETag or what else the storage says
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What a source is known by before it is read."""
+
+    bytes: int           # of all its files
+    edges_sha256: str    # content: ends of the file; of a folder: names, sizes, ends of some files
+    state: str           # of all its files, see Entry; in no hash of a corpus
+
+
+@dataclass(frozen=True, slots=True, repr=False, order=True)
+class Location:
+    """The place of a source. `Location.of` makes one."""
+
+    url: str     # an absolute path, or a URL whole, secrets included: for opening, never for showing
+
+    @classmethod
+    def of(cls, place: "Location | Path | str") -> "Location":
+        """The location of a path (relative to the working directory) or a URL; `file://` is a path."""
+        if isinstance(place, Location):
+            return place
+        text = str(place)
+        scheme, mark, rest = text.partition("://")
+        if mark and scheme.lower() not in ("file", "local"):
+            return cls(f"{scheme.lower()}://{rest.rstrip('/')}")
+        return cls(str(Path(rest if mark else text).expanduser().absolute()))
+
+    def __str__(self) -> str:
+        """For people: without what only its owner should see."""
+        if not self.is_remote:
+            return self.url
+        shown = re.sub(r"//[^/@]*:[^/@]*@", "//", self.url)
+        return re.sub(r"[?#].*", "", re.sub(r"//[^/@]*@", "//", shown)) if self.scheme in _HTTP else shown
+
+    def __repr__(self) -> str:
+        return f"Location({str(self)!r})"
+
+    def __truediv__(self, name: str) -> "Location":
+        return Location(f"{self.url}/{name}")
+
+    @property
+    def scheme(self) -> str:
+        """`s3`, `https`, ...; empty for a path."""
+        return self.url.partition("://")[0] if self.is_remote else ""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is behind a URL."""
+        return "://" in self.url
+
+    @property
+    def path(self) -> Path:
+        """The path of what lies on this machine; ConfigError for a URL."""
+        if self.is_remote:
+            raise ConfigError(f"only a local path can be read here, not {self.scheme}://", where=str(self),
+                              fix="copy it to a disk first")
+        return Path(self.url)
+
+    @property
+    def name(self) -> str:
+        """The last part: name of the file or folder."""
+        return str(self).rstrip("/").rpartition("/")[2]
+
+    @property
+    def stem(self) -> str:
+        """The name without the ending that says its kind."""
+        ending = next((suffix for suffix in _SUFFIXES if self.name.lower().endswith(suffix)), "")
+        return self.name[:len(self.name) - len(ending)] or self.name
+
+    @property
+    def suffix(self) -> str:
+        """The last ending, with its dot, as it is written."""
+        return Path(self.name).suffix
+
+    def exists(self) -> bool:
+        """Whether there is a file or a folder."""
+        if not self.is_remote:
+            return Path(self.url).exists()
+        with self._access():
+            system, path = self._system()
+            return bool(system.exists(path))
+
+    def is_folder(self) -> bool:
+        """Whether it is a folder; a prefix of an object store is one when there is something below it."""
+        if not self.is_remote:
+            return Path(self.url).is_dir()
+        if self.scheme in _HTTP:
+            return False   # a web server lists nothing that could be relied on
+        with self._access():
+            system, path = self._system()
+            return bool(system.isdir(path))
+
+    def names(self) -> list[str]:
+        """What lies directly in the folder, files and folders, sorted; nothing for a file."""
+        if not self.is_folder():
+            return []
+        with self._access():
+            if not self.is_remote:
+                return sorted(path.name for path in Path(self.url).iterdir())
+            system, path = self._system()
+            found = [str(name).rstrip("/") for name in system.ls(path, detail=False)]
+            return sorted({name.rpartition("/")[2] for name in found if name.strip("/") != path.strip("/")})
+
+    def files(self) -> list[Entry]:
+        """The file itself, or every file below the folder, sorted by name."""
+        with self._access():
+            return self._remote_files() if self.is_remote else self._local_files()
+
+    def open(self) -> BinaryIO:
+        """The file's bytes, seekable; a remote one by blocks of 1 MiB, of which 32 are kept."""
+        with self._access():
+            if not self.is_remote:
+                return Path(self.url).open("rb")
+            system, path = self._system()
+            stream = system.open(path, "rb", block_size=_REMOTE_BLOCK_BYTES, cache_type="blockcache")
+            if not stream.seekable():
+                stream.close()
+                raise SourceError("the server sends no parts of a file, only the whole", where=str(self),
+                                  fix="download it first")
+            return cast(BinaryIO, stream)
+
+    def expand(self) -> "list[Location]":
+        """What matches the glob, sorted; itself where it is none, or where a file bears just this name."""
+        if not glob.has_magic(str(self)) or self.scheme in _HTTP or self.exists():
+            return [self]
+        if not self.is_remote:
+            return sorted(Location(name) for name in glob.glob(self.url, recursive=True))  # noqa: PTH207 absolute
+        with self._access():
+            system, path = self._system()
+            return sorted(Location.of(system.unstrip_protocol(name)) for name in system.glob(path))
+
+    def fingerprint(self) -> Fingerprint:
+        """What the source is known by: at most 2 MiB of a file are read, 4 MiB of a folder."""
+        entries = self.files()
+        digest = hashlib.sha256()
+        if self.is_folder():
+            for entry in entries:
+                digest.update(f"{entry.name}\0{entry.bytes}\n".encode())
+            for entry in _telling(entries):
+                digest.update((self / entry.name)._edges(entry.bytes, _FOLDER_EDGE_BYTES))
+        else:
+            digest.update(self._edges(entries[0].bytes, _EDGE_BYTES))
+        return Fingerprint(sum(entry.bytes for entry in entries), digest.hexdigest(), _state(entries))
+
+    def state(self) -> str:
+        """The state of all its files now, to be held against that of a fingerprint; reads no content."""
+        return _state(self.files())
+
+    def sha256(self) -> str:
+        """Hex digest of the whole content: of a file; of a folder, over `name NUL digest newline` of its files, sorted.
+
+        Every byte is read, of a remote source too: the digests that storages keep say which upload it was, not which
+        content.
+        """
+        if not self.is_folder():
+            return self._file_sha256()
+        digest = hashlib.sha256()
+        for entry in self.files():
+            digest.update(f"{entry.name}\0{(self / entry.name)._file_sha256()}\n".encode())
+        return digest.hexdigest()
+
+    def _file_sha256(self) -> str:
+        with self._access():
+            if not self.is_remote:
+                return files.sha256(Path(self.url))
+            digest = hashlib.sha256()
+            system, path = self._system()
+            with system.open(path, "rb", block_size=_STREAM_BYTES, cache_type="readahead") as stream:
+                while piece := stream.read(_STREAM_BYTES):
+                    digest.update(piece)
+            return digest.hexdigest()
+
+    def _edges(self, size: int, edge_bytes: int) -> bytes:
+        """The first and the last bytes of a file."""
+        tail = max(size - edge_bytes, 0)
+        with self._access():
+            if self.is_remote:
+                system, path = self._system()
+                if size <= 2 * edge_bytes:   # in one request
+                    whole: bytes = system.cat_file(path, start=0, end=size) if size else b""
+                    return whole[:edge_bytes] + whole[tail:]
+                return bytes(system.cat_file(path, start=0, end=edge_bytes)
+                             + system.cat_file(path, start=tail, end=size))
+            with Path(self.url).open("rb") as stream:
+                head = stream.read(edge_bytes)
+                stream.seek(tail)
+                return head + stream.read(edge_bytes)
+
+    def _local_files(self) -> list[Entry]:
+        root = Path(self.url)
+        paths = ([Path(folder, name) for folder, _, names in os.walk(root, onerror=_raise) for name in names]
+                 if root.is_dir() else [root])
+        found = []
+        for path in paths:
+            status = path.stat()
+            name = path.relative_to(root).as_posix() if path != root else root.name
+            found.append(Entry(name, status.st_size, str(status.st_mtime_ns)))
+        return sorted(found, key=lambda entry: entry.name)
+
+    def _remote_files(self) -> list[Entry]:
+        system, path = self._system()
+        if not self.is_folder():
+            return [_entry(self.name, system.info(path))]
+        base = path.rstrip("/") + "/"
+        found = system.find(path, detail=True)
+        return sorted((_entry(str(name).removeprefix(base), about) for name, about in found.items()),
+                      key=lambda entry: entry.name)
+
+    def _system(self) -> tuple[Any, str]:
+        """The file system of a URL with nothing remembered of earlier looks, and the path in it."""
+        from fsspec.core import url_to_fs
+
+        system, path = url_to_fs(self.url)
+        system.invalidate_cache()
+        return system, path
+
+    @contextlib.contextmanager
+    def _access(self) -> Iterator[None]:
+        """Turn whatever a disk, a network or a storage's library raises into one sentence."""
+        try:
+            yield
+        except ScgptError:
+            raise
+        except FileNotFoundError as error:
+            raise SourceError("there is no such file", where=str(self), fix="check the path") from error
+        except ImportError as error:
+            raise ConfigError(f"{self.scheme}:// needs a package that is not installed: {error}", where=str(self),
+                              fix="install it; for s3://, in a clone: pip install '.[remote]'") from error
+        except Exception as error:
+            raise SourceError(f"cannot be read: {self.cause(error)}", where=str(self),
+                              fix="check the address, the credentials and the network" if self.is_remote else
+                                  "check the file's permissions") from error
+
+    def cause(self, error: BaseException) -> str:
+        """What an error says, in one line, without the secrets of the URL."""
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        text = " ".join(text.replace(self.url, str(self)).split()).strip("'\"")
+        text = re.sub(r"//[^/@\s]*@", "//", re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", text))
+        return text[:200] or type(error).__name__
+
+
+def _entry(name: str, about: Mapping[str, Any]) -> Entry:
+    if about.get("size") is None:
+        raise SourceError("the server does not tell the size of the file", where=name, fix="download it first")
+    return Entry(name, int(about["size"]), next((str(about[key]) for key in _STATE_KEYS if about.get(key)), ""))
+
+
+def _telling(entries: Sequence[Entry]) -> list[Entry]:
+    """The files of a folder whose ends go into its fingerprint: bounded in number, the same for the same folder."""
+    small = sorted(entries, key=lambda entry: (entry.bytes, entry.name))[:_EDGE_FILES]
+    spread = [entries[place * len(entries) // _EDGE_FILES] for place in range(_EDGE_FILES)] if entries else []
+    return sorted({entry.name: entry for entry in [*small, *spread]}.values(), key=lambda entry: entry.name)
+
+
+def _state(entries: Sequence[Entry]) -> str:
+    told = "".join(f"{entry.name}\0{entry.bytes}\0{entry.state}\n" for entry in entries)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _raise(error: OSError) -> None:
+    raise error

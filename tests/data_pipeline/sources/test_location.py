@@ -1,0 +1,155 @@
+import hashlib
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from data_pipeline.sources import Location
+from scgpt.errors import ConfigError, SourceError
+from scgpt.files import sha256
+
+BIG = os.urandom(3 << 20)
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]:
+    """An empty folder, on the disk and in fsspec's memory."""
+    if request.param == "local":
+        yield Location.of(tmp_path)
+        return
+    system = fsspec.filesystem("memory")
+    system.makedirs("/lake", exist_ok=True)
+    yield Location.of("memory://lake")
+    system.rm("/lake", recursive=True)
+
+
+def put(place: Location, content: bytes) -> Location:
+    if place.is_remote:
+        fsspec.filesystem("memory").pipe(place.url, content)
+    else:
+        place.path.parent.mkdir(parents=True, exist_ok=True)
+        place.path.write_bytes(content)
+    return place
+
+
+def take(place: Location) -> None:
+    if place.is_remote:
+        fsspec.filesystem("memory").rm(place.url)
+    else:
+        place.path.unlink()
+
+
+@pytest.mark.parametrize(("given", "name", "stem"), [
+    ("s3://lake/a/lung.v2.h5ad", "lung.v2.h5ad", "lung.v2"), ("s3://lake/heart.zarr/", "heart.zarr", "heart"),
+    ("atlas/cellranger-3.0.0_matrix", "cellranger-3.0.0_matrix", "cellranger-3.0.0_matrix"),
+    ("a.zarr.zip", "a.zarr.zip", "a"), ("gs://b/.h5ad", ".h5ad", ".h5ad"),
+    ("https://host/a.h5ad?X-Amz-Signature=secret", "a.h5ad", "a")])
+def test_a_source_is_named_by_its_file(given: str, name: str, stem: str) -> None:
+    assert (Location.of(given).name, Location.of(given).stem) == (name, stem)
+
+
+def test_paths_are_absolute_and_file_urls_are_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Location.of("a.h5ad") == Location.of(tmp_path / "a.h5ad") == Location.of(f"file://{tmp_path}/a.h5ad")
+    assert Location.of("a.h5ad").path == tmp_path / "a.h5ad"
+    assert Location.of("S3://lake//a").url == "s3://lake//a"
+    with pytest.raises(ConfigError, match="only a local path"):
+        _ = Location.of("s3://lake/a").path
+
+
+@pytest.mark.parametrize("url", ["https://host/a.h5ad?X-Amz-Signature=s3cret", "https://me:s3cret@host/a.h5ad",
+                                 "https://s3cret@host/a.h5ad#s3cret", "ftp://me:s3cret@host/a.h5ad"])
+def test_no_secret_of_a_url_is_shown(url: str) -> None:
+    place = Location.of(url)
+    assert place.url == url
+    for shown in (str(place), repr(place), place.name, place.cause(ValueError(f"cannot open {url} at all")),
+                  place.cause(OSError(f"no {url}"))):
+        assert "s3cret" not in shown
+    assert str(place).endswith("host/a.h5ad")
+
+
+def test_a_file_is_read_hashed_and_watched(root: Location) -> None:
+    place = root / "deep/a.h5ad"
+    assert not place.exists()
+    put(place, BIG)
+    assert place.exists()
+    assert not place.is_folder()
+    assert (root / "deep").is_folder()
+    with place.open() as stream:
+        stream.seek(2_000_000)
+        assert stream.read(100) == BIG[2_000_000:2_000_100]
+    found = pickle.loads(pickle.dumps(place)).fingerprint()
+    assert found.bytes == len(BIG)
+    assert found.edges_sha256 == hashlib.sha256(BIG[:1 << 20] + BIG[-(1 << 20):]).hexdigest()
+    assert place.sha256() == hashlib.sha256(BIG).hexdigest()
+    assert [entry.name for entry in place.files()] == ["a.h5ad"]
+    assert place.state() == found.state
+    put(place, BIG)   # equal content, written anew
+    assert place.state() != found.state
+    assert place.fingerprint().edges_sha256 == found.edges_sha256
+    take(place)
+    with pytest.raises(SourceError, match="no such file"):
+        place.state()
+
+
+def test_a_folder_is_the_sum_of_its_files(root: Location) -> None:
+    place = root / "a.zarr"
+    for name, content in {"zarr.json": b"{}", "X/c/1": b"two", "X/c/0": b"one"}.items():
+        put(place / name, content)
+    assert [(entry.name, entry.bytes) for entry in place.files()] == [("X/c/0", 3), ("X/c/1", 3), ("zarr.json", 2)]
+    assert place.names() == ["X", "zarr.json"]
+    assert place.exists()
+    found, digest = place.fingerprint(), place.sha256()
+    parts = {"X/c/0": b"one", "X/c/1": b"two", "zarr.json": b"{}"}
+    assert digest == hashlib.sha256("".join(
+        f"{name}\0{hashlib.sha256(content).hexdigest()}\n" for name, content in parts.items()).encode()).hexdigest()
+    put(place / "X/c/1", b"TWO")
+    assert place.fingerprint().edges_sha256 != found.edges_sha256
+    assert place.sha256() != digest
+    put(place / "X/c/1", b"two")
+    assert (place.fingerprint().edges_sha256, place.sha256()) == (found.edges_sha256, digest)
+    state = place.state()
+    take(place / "X/c/0")
+    assert place.state() != state
+
+
+def test_the_same_content_has_one_fingerprint_wherever_it_lies(tmp_path: Path) -> None:
+    system = fsspec.filesystem("memory")
+    local, remote = Location.of(tmp_path / "a"), Location.of("memory://elsewhere/b")
+    for number in range(50):
+        put(local / f"c/{number}", bytes([number]) * (number + 1) * 4000)
+        put(remote / f"c/{number}", bytes([number]) * (number + 1) * 4000)
+    assert local.fingerprint().edges_sha256 == remote.fingerprint().edges_sha256
+    assert local.sha256() == remote.sha256()
+    system.rm("/elsewhere", recursive=True)
+
+
+def test_globs_are_expanded_in_order_and_brackets_in_names_are_kept(root: Location) -> None:
+    for name in ("b.h5ad", "a.h5ad", "c/d.h5ad", "c.txt", "odd[1].h5ad"):
+        put(root / name, b"x")
+    assert [place.name for place in (root / "*.h5ad").expand()] == ["a.h5ad", "b.h5ad", "odd[1].h5ad"]
+    assert [place.name for place in (root / "**/*.h5ad").expand()] == ["a.h5ad", "b.h5ad", "d.h5ad", "odd[1].h5ad"]
+    assert all(place.exists() for place in (root / "*.h5ad").expand())
+    assert (root / "odd[1].h5ad").expand() == [root / "odd[1].h5ad"]
+    assert (root / "none*").expand() == []
+    assert (root / "not-there").expand() == [root / "not-there"]
+
+
+def test_an_empty_file_and_an_empty_folder_have_fingerprints(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder").mkdir()
+    assert Location.of(tmp_path / "empty").fingerprint().edges_sha256 == hashlib.sha256(b"").hexdigest()
+    assert Location.of(tmp_path / "folder").fingerprint().bytes == 0
+    assert Location.of(tmp_path / "empty").sha256() == sha256(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(("url", "error", "message"), [
+    ("nowhere://bucket/a.h5ad", SourceError, "cannot be read.*nowhere"),
+    ("http://127.0.0.1:9/a.h5ad", SourceError, "http://127.0.0.1:9/a.h5ad")])
+def test_what_cannot_be_reached_is_one_sentence(url: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        Location.of(url).files()
+    assert "\n" not in str(caught.value)

@@ -1,40 +1,25 @@
-"""Carry out a plan with Ray: a task a row block, then a task a shard, then the commit.
+"""Build a corpus on Ray: plan, claim the directory, run the passes as Ray tasks, commit.
 
 Tasks hand back small records; cells travel through files only. A task may run twice, even at once: names of unfinished
-files carry the attempt, equal work gives equal bytes, and the record follows the files. What an earlier build of the
-same plan has finished is found by its records, checked, and not done again.
+files carry the attempt, equal work gives equal bytes, and the record follows the files.
 """
 import os
 import secrets
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from data_pipeline.build_dir import BuildDir, Record, claim, finished
-from data_pipeline.cells import SPLITS
 from data_pipeline.commit import commit
 from data_pipeline.config import CorpusConfig
-from data_pipeline.plan import Plan, make_plan
+from data_pipeline.passes import Job, carry_out, find_or_do, timed
+from data_pipeline.plan import make_plan
 from data_pipeline.progress import Progress
 from data_pipeline.ray_folder import ray_folder
-from data_pipeline.tasks import (
-    Layout,
-    block_task,
-    cut_folder,
-    cut_source,
-    cut_task,
-    hash_source,
-    merge_to_shard,
-    shard_task,
-    shard_tasks,
-    source_task,
-    tokenize_to_run,
-)
+from data_pipeline.tasks import Layout
 from scgpt.data import Manifest, verify_corpus
-from scgpt.data.schema import expression_dtype
 from scgpt.errors import DataError, ScgptError
 
 _OBJECT_STORE_BYTES = 80 << 20   # records are small; the least that Ray takes is 75 MiB
@@ -66,14 +51,14 @@ def build(config: CorpusConfig, out: Path, *, ray_address: str | None = None, fr
     out = out.absolute()   # workers have working directories of their own
     progress = progress or Progress()
     seconds: dict[str, float] = {}
-    with _timed(seconds, "plan"):
+    with timed(seconds, "plan"):
         plan = make_plan(config)
     with claim(out, plan, fresh=fresh) as directory:
         if finished(directory):
             return BuildResult(_verified(out), {})
         with _ray(ray_address or os.environ.get("RAY_ADDRESS"), directory) as workers, progress:
             hashes, blocks, shards = carry_out(directory, plan, workers, progress, seconds)
-        with _timed(seconds, "commit"), _disk_errors(out):
+        with timed(seconds, "commit"), _disk_errors(out):
             manifest = commit(directory, plan, hashes=hashes, blocks=blocks, shards=shards,
                               timing={"seconds": {name: round(value, 3) for name, value in seconds.items()}})
     return BuildResult(manifest, seconds)
@@ -85,63 +70,6 @@ def _verified(out: Path) -> Manifest:
     except DataError as error:
         error.fix = "restore the file, or build the corpus again with --fresh"
         raise
-
-
-def carry_out(directory: BuildDir, plan: Plan, workers: "Workers", progress: Progress, seconds: dict[str, float],
-             ) -> tuple[list[str], list[Record], dict[str, list[Record]]]:
-    """Both passes: (sha256 of each source, result of each block, results of the shards of each split)."""
-    layout = Layout(directory, plan.config, plan.n_values, tuple(plan.splits[name].n_shards for name in SPLITS))
-    with _timed(seconds, "tokenise"):
-        shared = [workers.share(source) for source in plan.sources]
-        cut = _sources_to_cut(plan)
-        if cut:
-            workers.run("cut", layout, [Job(cut_source, cut_task(number), 1, (number, shared[number], firsts))
-                                        for number, firsts in cut.items()], "files", progress)
-        jobs = [Job(hash_source, source_task(number), 0, (number, source)) for number, source in enumerate(shared)]
-        jobs += [Job(tokenize_to_run, block_task(block), block.last - block.first, (
-            block, shared[block.source], cut_folder(directory, block.source) if block.source in cut else None))
-                 for block in plan.blocks]
-        done = workers.run("tokenise", layout, jobs, "cells", progress)
-        hashed, blocks = done[:len(shared)], done[len(shared):]
-    tasks = shard_tasks(plan.sources, plan.blocks, blocks)
-    value_type = expression_dtype(integer=all(block["integer"] for block in blocks),
-                                  largest=max(block["largest"] for block in blocks)).name
-    with _timed(seconds, "merge"):
-        jobs = [Job(merge_to_shard, shard_task(task), 1, (task, value_type)) for task in tasks]
-        merged = workers.run("merge", layout, jobs, "shards", progress)
-    shards: dict[str, list[Record]] = {name: [] for name in SPLITS}
-    for task, record in zip(tasks, merged, strict=True):
-        shards[task.split].append(record)
-    return [record["sha256"] for record in hashed], blocks, {name: found for name, found in shards.items() if found}
-
-
-def _sources_to_cut(plan: Plan) -> dict[int, list[int]]:
-    """place of a source -> first rows of its blocks, where it is stored by columns and has several."""
-    firsts: dict[int, list[int]] = {}
-    for block in plan.blocks:
-        if plan.sources[block.source].by_columns:
-            firsts.setdefault(block.source, []).append(block.first)
-    return {source: rows for source, rows in firsts.items() if len(rows) > 1}
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One call of a task: `function(layout, *arguments)`."""
-
-    function: Callable[..., Record]
-    task: str                     # name of its record
-    units: int                    # what it adds to the progress
-    arguments: tuple[Any, ...]
-
-
-class Workers(Protocol):
-    """Whoever runs the tasks of a pass."""
-
-    def share(self, value: object) -> Any:
-        """Put a small value where every task can get it, once instead of with each call."""
-
-    def run(self, stage: str, layout: Layout, jobs: Sequence[Job], unit: str, progress: Progress) -> list[Record]:
-        """The result of each job, in their order: found finished, or done now."""
 
 
 class RayWorkers:
@@ -194,12 +122,6 @@ class RayWorkers:
             raise DataError(f"a Ray worker was lost for good: {str(error).splitlines()[0]}",
                             fix="run the same command again: what is finished is kept; if memory was short, "
                                 "lower shards.max_bytes or start fewer workers") from error
-
-
-def find_or_do(function: Callable[..., Record], layout: Layout, task: str, *arguments: object) -> Record:
-    """In a worker: the record of a finished task whose files are whole, else that of doing it."""
-    record = layout.build.read_record(task)
-    return function(layout, *arguments) if record is None else record
 
 
 def _take(items: Iterator[tuple[int, Job]], number: int) -> Iterator[tuple[int, Job]]:
@@ -271,10 +193,3 @@ def _disk_errors(out: Path) -> Iterator[None]:
         raise DataError(f"the corpus cannot be written: {error.strerror or error}", where=str(out),
                         fix="free some space or mend the disk, then run the same command again: what is finished "
                             "is kept") from error
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    seconds[stage] = time.monotonic() - started

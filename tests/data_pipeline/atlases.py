@@ -12,7 +12,7 @@ from scipy import sparse
 from data_pipeline.build_dir import Record, claim
 from data_pipeline.commit import commit
 from data_pipeline.config import CorpusConfig
-from data_pipeline.execute import Job, carry_out, find_or_do
+from data_pipeline.passes import Job, carry_out, find_or_do
 from data_pipeline.plan import make_plan
 from data_pipeline.progress import Progress
 from data_pipeline.tasks import Layout

@@ -103,6 +103,18 @@ def data_verify(args: argparse.Namespace) -> Answer:
     return Answer(f"{args.corpus}: whole. {describe_corpus(value)}", value)
 
 
+def data_peek(args: argparse.Namespace) -> Answer:
+    """Show what a global batch is."""
+    from launch.summaries import describe_peek
+    from pretrain.config import TrainConfig
+    from pretrain.peek import peek
+    from scgpt.config import load_config
+
+    config = load_config(TrainConfig, args.config, args.overrides, kind="pretrain")
+    found = peek(config, args.step, world_size=args.world_size)
+    return Answer(describe_peek(found), found.to_json())
+
+
 def train(args: argparse.Namespace) -> Answer:
     """Train in this process: one rank."""
     from pretrain.config import TrainConfig
@@ -225,6 +237,11 @@ def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     _out(cmd, "folder of the corpus; an interrupted build is continued")
     cmd.add_argument("--ray-address", metavar="A", help="join this Ray cluster instead of starting Ray here")
     cmd.add_argument("--fresh", action="store_true", help="begin anew where an interrupted build of another plan lies")
+    cmd = add("peek", data_peek, "what a step trains on: its cells, and a digest that no world size changes",
+              "scgpt data peek demo data.corpus=corpus --step 7")
+    _config(cmd)
+    cmd.add_argument("--step", type=int, required=True, metavar="T", help="global batch, from 0")
+    cmd.add_argument("--world-size", type=int, default=1, metavar="W", help="ranks that share it (default: 1)")
     cmd = add("verify", data_verify, "check every file of a corpus", "scgpt data verify corpus --deep")
     cmd.add_argument("corpus", metavar="CORPUS", type=Path)
     cmd.add_argument("--deep", action="store_true", help="check every cell's invariants too")

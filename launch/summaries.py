@@ -3,6 +3,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_pipeline.plan import Plan
+    from pretrain.peek import Peek
     from scgpt.data.manifest import Manifest
 
 
@@ -60,3 +61,11 @@ def describe_corpus(summary: dict[str, Any]) -> str:
 def describe_filtered(summary: dict[str, Any]) -> str:
     """Cells by the reason that they were left out for."""
     return ", ".join(f"{cells:,} {reason}" for reason, cells in summary["filtered"].items() if cells) or "none"
+
+
+def describe_peek(found: "Peek") -> str:
+    """A line a cell, then the digest of the step."""
+    width = max(len(cell.source) for cell in found.cells)
+    lines = [f"{cell.cell_id:>20}  {cell.source:{width}}  row {cell.row:>10,}  {cell.tokens:>5,} tokens  "
+             f"{cell.masked:>5,} masked  {cell.sha256[:16]}" for cell in found.cells]
+    return "\n".join([*lines, f"step {found.step}: {len(found.cells):,} cells, sha256 {found.digest}"])

@@ -17,11 +17,14 @@ from pretrain.prefetch import Prefetch
 from scgpt.collate import CollateConfig, PackedBatch, collate
 from scgpt.data import RaggedBatch
 from scgpt.errors import ConfigError
+from scgpt.vocab import CLS
 
 if TYPE_CHECKING:
     import torch
 
+    from pretrain.config import TrainConfig
     from scgpt.model.packed import PackedTensors
+    from scgpt.vocab import GeneVocab
 
 
 class Cells(Protocol):
@@ -86,6 +89,13 @@ class Loader:
         self.cells, self.collate_config, self.cls_id, self.seed = cells, collate_config, cls_id, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size, self.workers, self.evaluation = rank, world_size, workers, evaluation
+
+    @classmethod
+    def of_run(cls, config: "TrainConfig", cells: Cells, vocab: "GeneVocab", *, rank: int, world_size: int) -> "Loader":
+        """The loader of a rank of a training."""
+        return cls(cells, config.objective.collate_config(), cls_id=vocab[CLS], seed=config.train.seed,
+                   global_batch_size=config.batch.global_batch_size, micro_batch_size=config.batch.micro_batch_size,
+                   rank=rank, world_size=world_size, workers=config.data.workers)
 
     @property
     def n_steps(self) -> int:

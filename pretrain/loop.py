@@ -63,12 +63,10 @@ class Training:
                  interruption: Interruption) -> None:
         self.config, self.world, self.interruption = config, world, interruption
         self.state, self.log, self.total_steps, self.checkpoints = run.state, run.log, run.total_steps, run.checkpoints
-        cls_id, batch = corpus.vocab[CLS], config.batch
         self.engine = Engine(config, corpus.vocab, world)
-        self.loader = Loader(corpus.train, config.objective.collate_config(), cls_id=cls_id, seed=config.train.seed,
-                             global_batch_size=batch.global_batch_size, micro_batch_size=batch.micro_batch_size,
-                             rank=world.rank, world_size=world.world_size, workers=config.data.workers)
-        self.held_out = HeldOut(corpus.valid, config, cls_id, world) if corpus.valid is not None else None
+        self.loader = Loader.of_run(config, corpus.train, corpus.vocab, rank=world.rank, world_size=world.world_size)
+        self.held_out = (HeldOut(corpus.valid, config, corpus.vocab[CLS], world) if corpus.valid is not None
+                         else None)
         self.window = Window(self.state.window, metric_names(config.objective))
         if self.state.step:
             checkpoint.load(self.engine, self.checkpoints, self.state, world)

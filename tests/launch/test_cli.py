@@ -8,7 +8,7 @@ import pytest
 from launch import cli
 from scgpt.errors import CheckpointError, ConfigError, DataError, ScgptError
 
-COMMANDS = ["data plan", "data build", "data verify", "train", "export", "verify", "embed", "config show",
+COMMANDS = ["data plan", "data build", "data peek", "data verify", "train", "export", "verify", "embed", "config show",
             "config list"]
 
 

@@ -1,0 +1,76 @@
+"""What global batch t of a run is: the cells, and a digest of their tensors that is the same on any world size.
+
+The real loaders of all ranks run one after the other; what they return is merged in the order of the cell ids.
+"""
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pretrain.config import TrainConfig
+from pretrain.data import Loader
+from pretrain.run_directory import Corpus
+from scgpt.collate import PackedBatch
+from scgpt.data.schema import source_hash
+from scgpt.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PeekedCell:
+    """One cell of a global batch."""
+
+    cell_id: int
+    sha256: str    # of its tensors: gene ids, values, targets, target mask
+    source: str
+    row: int       # in the source
+    tokens: int    # `<cls>` included
+    masked: int    # positions that count in the loss
+
+
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """A global batch, its cells in the order of their ids."""
+
+    step: int
+    world_size: int
+    digest: str    # sha256 over the cells' ids and digests
+    cells: tuple[PeekedCell, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self) | {"cells": [asdict(cell) for cell in self.cells]}
+
+
+def peek(config: TrainConfig, step: int, *, world_size: int = 1) -> Peek:
+    """Global batch `step` (from 0) of a run on `world_size` ranks.
+
+    Raises ConfigError where the batch does not fit the ranks, DataError where the corpus cannot be read.
+    """
+    if world_size < 1 or step < 0:
+        raise ConfigError(f"there is no step {step} of {world_size} ranks", where="command line",
+                          fix="give --step from 0 and --world-size from 1")
+    config.batch.accumulation(world_size)
+    corpus = Corpus.open(config)
+    names = {source_hash(source.name): source.name for source in corpus.train.manifest.sources}
+    cells = tuple(sorted(cell for rank in range(world_size)
+                         for batch in Loader.of_run(config, corpus.train, corpus.vocab, rank=rank,
+                                                    world_size=world_size).load(step).micro_batches
+                         for cell in _cells(batch, names)))
+    digest = hashlib.sha256("".join(f"{cell.cell_id} {cell.sha256}\n" for cell in cells).encode()).hexdigest()
+    return Peek(step, world_size, digest, cells)
+
+
+def _cells(batch: PackedBatch, names: dict[int, str]) -> list[PeekedCell]:
+    arrays = (batch.gene_ids, batch.values, batch.targets, batch.target_mask)
+    found = []
+    for i, cell_id in enumerate(batch.cell_ids.tolist()):
+        tokens = slice(int(batch.cu_seqlens[i]), int(batch.cu_seqlens[i + 1]))
+        digest = hashlib.sha256(b"".join(np.ascontiguousarray(array[tokens]).tobytes() for array in arrays))
+        found.append(PeekedCell(cell_id, digest.hexdigest(), _name(cell_id >> 32, names), cell_id & 0xFFFFFFFF,
+                                tokens.stop - tokens.start, int(batch.target_mask[tokens].sum())))
+    return found
+
+
+def _name(source: int, names: dict[int, str]) -> str:
+    return names.get(source, f"unknown source {source:08x}")

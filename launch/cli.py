@@ -115,6 +115,16 @@ def data_peek(args: argparse.Namespace) -> Answer:
     return Answer(describe_peek(found), found.to_json())
 
 
+def report(args: argparse.Namespace) -> Answer:
+    """Draw the page of a corpus."""
+    from data_pipeline.report import write_report
+
+    page, value = write_report(args.corpus, args.out)
+    totals = value["totals"]
+    return Answer(f"{page}: {totals['cells_kept']:,} of {totals['cells_in']:,} cells kept from {totals['sources']:,} "
+                  "sources", {"report": str(page), "numbers": str(page.with_suffix(".json")), **totals})
+
+
 def train(args: argparse.Namespace) -> Answer:
     """Train in this process: one rank."""
     from pretrain.config import TrainConfig
@@ -219,6 +229,10 @@ def build_parser() -> argparse.ArgumentParser:
     _out(cmd, "the file with obsm['X_scGPT'] added; replaced if there")
     cmd.add_argument("--seed", type=_seed, default=0, help="of the sampled genes and tied bins (default: 0)")
     cmd.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    cmd = add("report", report, "draw a corpus: what came in, what was kept and why, what the cells are",
+              "scgpt report corpus --out corpus.html")
+    cmd.add_argument("corpus", metavar="CORPUS", type=Path)
+    _out(cmd, "the page; its numbers go beside it as .json (default: report.html in the corpus)", required=False)
     config = commands.add_parser("config", help="what ships, and what a configuration resolves to")
     add = _adder(config.add_subparsers(title="commands", required=True, metavar="COMMAND"), shared)
     cmd = add("show", config_show, "print a resolved configuration", "scgpt config show base data.corpus=corpus")

@@ -8,8 +8,8 @@ import pytest
 from launch import cli
 from scgpt.errors import CheckpointError, ConfigError, DataError, ScgptError
 
-COMMANDS = ["data plan", "data build", "data peek", "data verify", "train", "export", "verify", "embed", "config show",
-            "config list"]
+COMMANDS = ["data plan", "data build", "data peek", "data verify", "train", "export", "verify", "embed", "report",
+            "config show", "config list"]
 
 
 def scgpt(*words: str) -> subprocess.CompletedProcess[str]:

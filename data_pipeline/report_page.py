@@ -1,0 +1,272 @@
+"""The page of a corpus: the numbers of report.json as one HTML file that needs nothing else and runs no script.
+
+Every number of the page carries its place in report.json (`data-from`, a JSON pointer), so that the two can be held
+against each other. A policy in the page forbids scripts and requests, whatever a source may be called.
+"""
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from importlib.resources import files as package_files
+from typing import Any
+
+import yaml
+
+from data_pipeline.markup import Html, join, tag
+
+Report = dict[str, Any]        # plain values, as report.json holds them
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_GREYS = 5                     # that the style sheet has for reasons
+_LAST_TICK = 95                # per cent of the axis: a label further right would stick out
+_FILES_SHOWN = 12              # files shown at once; more are folded
+_REASONS = {"filter": "not matched by the filter", "no_genes": "no gene of the vocabulary",
+            "min_genes": "fewer genes than min_genes", "min_counts": "fewer counts than min_counts",
+            "max_mito_fraction": "mitochondrial share above max_mito_fraction"}
+
+
+def page(report: Report) -> str:
+    """The whole page; the same numbers give the same bytes."""
+    style = (package_files("data_pipeline") / "report.css").read_text(encoding="utf-8")
+    head = tag("head", Html('<meta charset="utf-8">'),
+               Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+               Html(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
+               Html('<link rel="icon" href="data:,">'),
+               tag("title", f"{report['corpus']['name']}: corpus report"), tag("style", Html(style)))
+    sections = (_header, _came_in, _genes, _distributions, _known, _splits, _files, _configuration)
+    body = tag("body", tag("main", *(section(report) for section in sections)))
+    return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
+
+
+# ---- numbers ----
+
+
+def _size(value: float) -> str:
+    unit = min(int(math.log10(max(value, 1)) // 3), 4)
+    return f"{value:,.0f} B" if unit == 0 else f"{value / 1000**unit:,.1f} {'kMGT'[unit - 1]}B"
+
+
+FORMATS: dict[str, Callable[[float], str]] = {
+    "integer": "{:,.0f}".format, "decimal": "{:,.1f}".format, "share": "{:.1%}".format, "size": _size}
+
+
+def _number(report: Report, *place: str | int, form: str = "integer") -> Html:
+    """A number of the report as text, with where it stands there."""
+    value: Any = report
+    for key in place:
+        value = value[key]
+    pointer = "".join("/" + str(key).replace("~", "~0").replace("/", "~1") for key in place)
+    return tag("span", "none" if value is None else FORMATS[form](value), data_from=pointer, data_form=form)
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, text: Sequence[int] = (0,)) -> Html:
+    """A table whose columns are numbers, but for those in `text`."""
+    kinds = [None if place in text else "number" for place in range(len(titles))]
+    head = tag("tr", *(tag("th", title, class_=kind, scope="col") for title, kind in zip(titles, kinds, strict=True)))
+    body = (tag("tr", *(tag("td", cell, class_=kind) for cell, kind in zip(row, kinds, strict=True))) for row in rows)
+    return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll", tabindex="0")
+
+
+def _bar(parts: Sequence[tuple[float, str]], whole: float, label: str) -> Html:
+    """A bar of parts (size, class); what they leave of the whole stays empty."""
+    pieces = (tag("i", class_=kind or None, style=f"width:{100 * size / max(whole, 1):.3f}%")
+              for size, kind in parts if size)
+    return tag("div", *pieces, class_="bar", role="img", aria_label=label)
+
+
+def _section(title: str, *content: str) -> Html:
+    return tag("section", tag("h2", title), *content)
+
+
+def _note(*content: str) -> Html:
+    return tag("p", *content, class_="note")
+
+
+# ---- sections ----
+
+
+def _header(report: Report) -> Html:
+    corpus = report["corpus"]
+    figures = [
+        ("cells kept", "cells_kept", "integer", [_number(report, "totals", "kept_share", form="share"), " of ",
+                                                 _number(report, "totals", "cells_in")]),
+        ("cells filtered", "cells_filtered", "integer", []),
+        ("gene values", "gene_values", "integer", [_number(report, "genes_per_cell", "mean", form="decimal"),
+                                                   " a cell"]),
+        ("sources", "sources", "integer", []),
+        ("on disk", "bytes", "size", [_number(report, "totals", "shards"), " shards"])]
+    listed = (tag("div", tag("dt", label), tag("dd", _number(report, "totals", key, form=form), tag("small", *below)))
+              for label, key, form, below in figures)
+    lead = tag("p", _kind(report).capitalize(), " over the ", _number(report, "vocab", "tokens"),
+               f" tokens of {report['vocab']['name']}, written by {corpus['created_by']} with seed {corpus['seed']}.",
+               class_="lead")
+    return tag("header", tag("p", "scGPT corpus", class_="over"), tag("h1", corpus["name"]), lead,
+               tag("dl", *listed, class_="figures"))
+
+
+def _came_in(report: Report) -> Html:
+    reasons = [entry["reason"] for entry in report["filtered"]]
+    tone = {reason: f"gone-{place % _GREYS + 1}" for place, reason in enumerate(reasons)}
+    legend = [tag("li", tag("span", class_="key"), "kept ", _number(report, "totals", "cells_kept"))]
+    legend += [tag("li", tag("span", class_=f"key {tone[reason]}"), f"{_REASONS.get(reason, reason)} ",
+                   _number(report, "filtered", place, "cells")) for place, reason in enumerate(reasons)]
+    rows = []
+    for place, source in enumerate(report["sources"]):
+        at = ("sources", place)
+        parts = [(source["cells_kept"], ""), *((cells, tone[reason]) for reason, cells in source["filtered"].items())]
+        gone = join(join([f"; {_REASONS.get(reason, reason)}: ", _number(report, *at, "filtered", reason)])
+                    for reason, cells in source["filtered"].items() if cells)
+        rows.append(tag(
+            "li",
+            tag("div", tag("span", source["name"], class_="name"),
+                tag("span", _number(report, *at, "cells_kept"), " of ", _number(report, *at, "cells_in"), " cells, ",
+                    _number(report, *at, "kept_share", form="share")), class_="head"),
+            _bar(parts, source["cells_in"], f"{source['cells_kept']:,} of {source['cells_in']:,} cells kept"),
+            tag("div", f"{source['file']}, ", _number(report, *at, "bytes", form="size"), "; ",
+                _number(report, *at, "mean_genes", form="decimal"), " genes and ",
+                _number(report, *at, "mean_counts", form="decimal"), f" {_kind(report)} a kept cell", gone,
+                class_="detail")))
+    return _section("What came in, and what was kept",
+                    _note("A cell that fails several limits counts under the first."),
+                    tag("ul", *legend, class_="legend"), tag("ul", *rows, class_="rows"))
+
+
+def _genes(report: Report) -> Html:
+    form = "integer" if report["corpus"]["expression_kind"] == "counts" else "decimal"
+    rows = []
+    for place, source in enumerate(report["sources"]):
+        at, genes = ("sources", place, "genes"), source["genes"]
+        rows.append(tag(
+            "li",
+            tag("div", tag("span", source["name"], class_="name"),
+                tag("span", _number(report, *at, "n_mapped"), " of ", _number(report, *at, "n_genes"), " genes, ",
+                    _number(report, *at, "overlap", form="share")), class_="head"),
+            _bar([(genes["n_mapped"], "")], genes["n_genes"], f"{genes['overlap']:.1%} of the genes have a token"),
+            tag("div", f"{genes['style']} names in {genes['column']}; ", _number(report, *at, "n_renamed"),
+                " found under another symbol, ", _number(report, *at, "n_merged"), " summed into another, ",
+                _number(report, *at, "n_unmapped"), " without a token that held ",
+                _number(report, *at, "unmapped_sum", form=form), f" {_kind(report)}", class_="detail")))
+    named = []
+    for place, entry in enumerate(report["unmapped"]["top"]):
+        sources = " sources · " if entry["sources"] > 1 else " source · "
+        named.append(tag("li", tag("span", entry["gene"]),
+                         tag("span", _number(report, "unmapped", "top", place, "sources"), sources,
+                             _number(report, "unmapped", "top", place, "cells"), " cells", class_="detail")))
+    unmapped = [tag("h3", "Commonest genes without a token"),
+                _note("Of ", _number(report, "unmapped", "names"), " names: those that most sources measure, then "
+                      "those of sources with most cells. All are listed in manifest.json."),
+                tag("ul", *named, class_="genes")] if report["unmapped"]["names"] else []
+    return _section("Genes in the vocabulary", tag("ul", *rows, class_="rows"), *unmapped)
+
+
+def _distributions(report: Report) -> Html:
+    counts = report["counts_per_cell"]
+    sampled = (_note("Of all cells.") if counts["every"] == 1 else
+               _note("Of ", _number(report, "counts_per_cell", "cells"), " of ",
+                     _number(report, "counts_per_cell", "of_cells"), " cells: one in every ",
+                     _number(report, "counts_per_cell", "every"), "."))
+    above = _note("Of all cells. ", _number(report, "genes_per_cell", "above_context"), " cells (",
+                  _number(report, "genes_per_cell", "above_context_share", form="share"), ") have more than ",
+                  _number(report, "genes_per_cell", "context_genes"),
+                  " genes, what a context of 1,200 tokens holds: training draws from those.")
+    genes = _histogram(report, "genes_per_cell", "Genes per cell", above)
+    sums = _histogram(report, "counts_per_cell", f"{_kind(report).capitalize()} per cell", sampled)
+    return _section("Cells", tag("div", genes, sums, class_="pair"))
+
+
+def _histogram(report: Report, key: str, title: str, note: Html) -> Html:
+    spread = report[key]
+    edges, cells = spread["histogram"]["edges"], spread["histogram"]["cells"]
+    first, last = math.log(max(edges[0], 1e-9)), math.log(max(edges[-1], 1e-9))
+    width = max(last - first, 1e-9)
+
+    def across(value: float) -> float:
+        return 100 * (math.log(max(value, 1e-9)) - first) / width
+
+    sides = [(across(low), across(high)) for low, high in itertools.pairwise(edges)]
+    heights = [count / max(right - left, 1e-9) for count, (left, right) in zip(cells, sides, strict=True)]
+    top = max(heights, default=0) or 1.0
+    bars = (Html(f'<rect x="{left:.3f}" y="{100 * (1 - height / top):.2f}" width="{max(right - left - 0.25, 0.1):.3f}" '
+                 f'height="{100 * height / top:.2f}"/>')
+            for height, (left, right) in zip(heights, sides, strict=True) if height)
+    plot = tag("div", tag("svg", *bars, viewBox="0 0 100 100", preserveAspectRatio="none", aria_hidden="true"),
+               tag("span", class_="mark", style=f"left:{across(spread['median']):.2f}%"),
+               class_="plot", role="img", aria_label=f"{title}: a histogram, median {spread['median']:,.0f}")
+    marks = (tag("span", f"{value:,g}", style=f"left:{across(value):.2f}%") for value in _ticks(edges[0], edges[-1])
+             if across(value) < _LAST_TICK)
+    quantiles = _table(["min", "5%", "25%", "median", "75%", "95%", "max", "mean"], [
+        [_number(report, key, name, form="decimal" if name == "mean" else "integer")
+         for name in ("min", "p5", "p25", "median", "p75", "p95", "max", "mean")]], text=())
+    return tag("figure", tag("h3", title), plot, tag("div", *marks, class_="ticks"), quantiles, tag("figcaption", note))
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers on a logarithmic axis: 1, 10, 100; with 2 and 5 between them where there is room."""
+    decades = range(math.floor(math.log10(max(low, 1e-9))), math.ceil(math.log10(max(high, 1e-9))) + 1)
+    steps = (1, 2, 5) if len(decades) <= 3 else (1, 3) if len(decades) <= 5 else (1,)
+    return [value for decade in decades for step in steps if low <= (value := step * 10.0**decade) <= high]
+
+
+def _known(report: Report) -> Html:
+    cells = max(report["totals"]["cells_kept"], 1)
+
+    def line(label: str, at: Sequence[str | int], count: int, kind: str | None = None) -> Html:
+        share = f"--share:{100 * count / cells:.2f}%"
+        return tag("li", tag("span", label, class_="label", style=share),
+                   tag("span", _number(report, *at), class_="number"),
+                   tag("span", f"{count / cells:.1%}", class_="number detail"), class_=kind)
+
+    blocks = []
+    for name, column in report["columns"].items():
+        at = ("columns", name)
+        lines = [line(entry["value"], (*at, "top", place, "cells"), entry["cells"])
+                 for place, entry in enumerate(column["top"])]
+        if column["other_values"]:
+            lines.append(line(f"{column['other_values']:,} others", (*at, "other_cells"), column["other_cells"],
+                              "rest"))
+        if column["missing"]:
+            lines.append(line("not given", (*at, "missing"), column["missing"], "rest"))
+        blocks.append(tag("div", tag("h3", name.replace("_", " ").capitalize(), " ",
+                                     tag("span", _number(report, *at, "values"), class_="detail")),
+                          tag("ul", *lines, class_="values")))
+    return _section("What is known of the cells", tag("div", *blocks, class_="columns") if blocks else
+                    _note("No column was kept."))
+
+
+def _splits(report: Report) -> Html:
+    rows = [[name, _number(report, "splits", name, "cells"),
+             f"{split['cells'] / max(report['totals']['cells_kept'], 1):.1%}",
+             _number(report, "splits", name, "gene_values"), _number(report, "splits", name, "shards"),
+             *(_number(report, "groups", group, "splits", name) for group in report["groups"])]
+            for name, split in report["splits"].items()]
+    shared = [_note(_number(report, "groups", group, "shared"), f" {group}s are in more than one split.")
+              for group in report["groups"]]
+    by = report["config"].get("splits", {}).get("by", "cell")
+    return _section("Splits", _note(f"Held out by {by}."),
+                    _table(["split", "cells", "share", "gene values", "shards", *(f"{group}s" for group in
+                                                                                 report["groups"])], rows), *shared)
+
+
+def _files(report: Report) -> Html:
+    rows = [[tag("code", entry["file"]), _number(report, "files", place, "cells"),
+             _number(report, "files", place, "gene_values"), _number(report, "files", place, "bytes", form="size"),
+             tag("code", entry["sha256"])] for place, entry in enumerate(report["files"])]
+    table = _table(["file", "cells", "gene values", "with metadata", "sha256"], rows, text=(0, 4))
+    folded = table if len(rows) <= _FILES_SHOWN else tag("details", tag("summary", f"{len(rows):,} shards"), table)
+    inputs = _table(["source", "bytes", "sha256"], [
+        [entry["file"], _number(report, "sources", place, "bytes"), tag("code", entry["sha256"])]
+        for place, entry in enumerate(report["sources"])], text=(0, 2))
+    identity = _table(["", "sha256"], [[name, tag("code", value)] for name, value in (
+        ("corpus", report["corpus"]["manifest_sha256"]), ("plan", report["corpus"]["plan_sha256"]),
+        ("vocabulary", report["vocab"]["sha256"]))], text=(0, 1))
+    return _section("Files and checksums", _note("scgpt data verify holds every file against these."), identity, folded,
+                    tag("h3", "Sources as they were read"), inputs)
+
+
+def _configuration(report: Report) -> Html:
+    return _section("Configuration", tag("pre", tag("code", yaml.safe_dump(report["config"], sort_keys=False,
+                                                                           allow_unicode=True)), tabindex="0"))
+
+
+def _kind(report: Report) -> str:
+    """What the values are, in words."""
+    kind: str = report["corpus"]["expression_kind"]
+    return kind.replace("_", " ") if kind.endswith("counts") else f"{kind} values"

@@ -20,7 +20,12 @@ TRAIN, VALID = "train", "valid"
 SPLITS = (TRAIN, VALID)   # a cell's split is its place in here
 KEPT = -1                 # otherwise a place in REASONS
 # A cell that fails several limits counts under the first. "no_genes": none of its genes is in the vocabulary.
-REASONS = ("filter", "no_genes", "min_genes", "min_counts", "max_mito_fraction")
+REASONS = ("filter", "no_genes", "min_genes", "max_genes", "min_counts", "max_counts", "max_value", "max_mito_fraction")
+
+# Other names that atlases have for what a corpus calls `donor`, the likelier first. Spelling counts only by its letters
+# and digits: "Cell.Type" is `cell_type`. What `columns` of a source says comes before.
+HARMONISED = {"dataset": ("dataset_id",), "donor": ("donor_id", "individual", "individual_id", "patient", "patient_id",
+                                                    "subject", "subject_id")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +42,9 @@ class ObsReader:
         for name, own in config.columns.items():
             if own not in present:
                 raise missing_column(own, present, what=f"columns.{name}", where=str(source.path))
-        wanted = {name: config.columns.get(name, name) for name in (*columns, "donor", "dataset", *config.columns)}
-        reader = cls({name: own for name, own in wanted.items() if own in present},
+        wanted = {name: config.columns.get(name) or own_name(name, present)
+                  for name in (*columns, "donor", "dataset", *config.columns)}
+        reader = cls({name: own for name, own in wanted.items() if own is not None},
                      tuple(ObsFilter.parse(text) for text in (cells.filter, config.filter) if text is not None))
         for wish in reader.filters:
             for name in wish.columns:
@@ -70,6 +76,24 @@ class ObsReader:
         return splits_of_groups(groups, source.name, config)
 
 
+def own_name(name: str, present: Sequence[str]) -> str | None:
+    """What a source calls the column `name` of a corpus: the same, or the one column of HARMONISED; None: it has none.
+
+    Two columns that differ only in spelling are no answer.
+    """
+    if name in present:
+        return name
+    for alias in (name, *HARMONISED.get(name, ())):
+        found = [own for own in present if _spelling(own) == _spelling(alias)]
+        if found:
+            return alias if alias in found else found[0] if len(found) == 1 else None
+    return None
+
+
+def _spelling(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
 def as_text(values: pa.Array) -> pa.DictionaryArray:
     """Any column of obs as dictionary<int32, string>; numbers and truth values in Python's spelling."""
     if isinstance(values, pa.DictionaryArray):
@@ -99,19 +123,26 @@ def splits_of_groups(groups: pa.DictionaryArray, source: str, config: SplitsConf
 def judge(cells: RaggedBatch, passes: NDArray[np.bool_], config: CellsConfig) -> NDArray[np.int8]:
     """KEPT, or the reason why not, of each cell of a tokenised block, (cells,).
 
-    `min_genes` and `min_counts` look at the genes of the vocabulary, the mitochondrial share at all of the source.
+    Limits look at the genes of the vocabulary, the mitochondrial share at all of the source.
     """
     total, mito, unmapped = (np.asarray(cells.columns[name], np.float64) for name in (SUM_IN, SUM_MITO, SUM_UNMAPPED))
-    counts = total - unmapped
-    lengths = cells.lengths
+    counts, lengths = total - unmapped, cells.lengths
     share = np.divide(mito, total, out=np.zeros(len(cells)), where=total > 0)
-    no_limit = np.zeros(len(cells), bool)
-    fails = {"filter": ~passes, "no_genes": lengths == 0, "min_genes": lengths < config.min_genes,
-             "min_counts": no_limit if config.min_counts is None else counts < config.min_counts,
-             "max_mito_fraction": no_limit if config.max_mito_fraction is None else share > config.max_mito_fraction}
+    fails = {"filter": ~passes, "no_genes": lengths == 0, "min_genes": lengths < config.min_genes}
+    if config.max_genes is not None:
+        fails["max_genes"] = lengths > config.max_genes
+    if config.min_counts is not None:
+        fails["min_counts"] = counts < config.min_counts
+    if config.max_counts is not None:
+        fails["max_counts"] = counts > config.max_counts
+    if config.max_value is not None:
+        fails["max_value"] = _largest(cells.expressions, cells.offsets) > config.max_value
+    if config.max_mito_fraction is not None:
+        fails["max_mito_fraction"] = share > config.max_mito_fraction
     reasons = np.full(len(cells), KEPT, np.int8)
     for place in reversed(range(len(REASONS))):
-        reasons[fails[REASONS[place]]] = place
+        if REASONS[place] in fails:
+            reasons[fails[REASONS[place]]] = place
     return reasons
 
 
@@ -120,6 +151,16 @@ def check_split_column(config: SplitsConfig, readers: Sequence[ObsReader]) -> No
     if config.by != "cell" and not any(config.by in reader.own_name for reader in readers):
         raise ConfigError(f"splits.by is '{config.by}', which is a column of no source", where="splits.by",
                           fix=f"map a column to it (columns: {{{config.by}: NAME}}), or split by cell")
+
+
+@njit(cache=True, nogil=True)
+def _largest(values, offsets):  # type: ignore[no-untyped-def]
+    """The largest value of each cell, (cells,) float64; 0 where it has none."""
+    largest = np.zeros(len(offsets) - 1)
+    for cell in range(len(largest)):
+        for value in range(offsets[cell], offsets[cell + 1]):
+            largest[cell] = max(largest[cell], values[value])
+    return largest
 
 
 @njit(cache=True, nogil=True)

@@ -2,7 +2,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, field_validator, model_validator
 
 from data_pipeline.obs_filter import ObsFilter
 from data_pipeline.sources.kinds import KINDS
@@ -60,9 +60,20 @@ class CellsConfig(Config):
 
     filter: FilterText | None = None       # an expression over obs columns, for every source
     min_genes: NonNegativeInt = 50         # expressed genes of the vocabulary
-    min_counts: float | None = None        # sum over the genes of the vocabulary; null: no limit
-    max_mito_fraction: Fraction | None = None   # mitochondrial share of all counts of the cell; null: no limit
+    max_genes: NonNegativeInt | None = None   # null: no limit, here and below
+    min_counts: float | None = None        # sum over the genes of the vocabulary
+    max_counts: PositiveFloat | None = None
+    max_value: PositiveFloat | None = None  # largest value of one gene of the vocabulary
+    max_mito_fraction: Fraction | None = None   # mitochondrial share of all counts of the cell
     expression_kind: Literal["counts", "expected_counts", "normalized", "log1p"] = "counts"   # counts must be integers
+
+    @model_validator(mode="after")
+    def _some_cell_can_pass(self) -> "CellsConfig":
+        for least, most, what in ((self.min_genes, self.max_genes, "genes"),
+                                  (self.min_counts, self.max_counts, "counts")):
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"min_{what} is {least:g}, above max_{what}, {most:g}: no cell has both")
+        return self
 
 
 class SplitsConfig(Config):

@@ -1,12 +1,15 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data_pipeline.cells import KEPT, REASONS, ObsReader, as_text, judge, splits_of_groups
+from data_pipeline.cells import KEPT, REASONS, ObsReader, as_text, judge, own_name, splits_of_groups
 from data_pipeline.config import CellsConfig, SourceConfig, SplitsConfig
 from data_pipeline.genes import map_source
 from data_pipeline.sources import open_source
 from data_pipeline.tokenization import SUM_IN, SUM_MITO, SUM_UNMAPPED, tokenize_block
+from scgpt.config import validate
 from scgpt.data.schema import RaggedBatch, offsets_of
 from scgpt.errors import ConfigError
 from tests.data_pipeline.atlases import BLOOD, CHR21, PANCREAS, VOCAB
@@ -25,6 +28,61 @@ def test_each_limit_filters_under_its_own_name_and_the_first_counts() -> None:
     reasons = judge(cells, passes, CellsConfig(min_genes=10, min_counts=40, max_mito_fraction=0.5))
     names = ["kept" if reason == KEPT else REASONS[reason] for reason in reasons]
     assert names == ["no_genes", "min_genes", "min_counts", "max_mito_fraction", "kept", "min_counts", "filter"]
+
+
+def slow_judge(genes: list[int], values: list[float], outside: list[float], mito: float, config: CellsConfig) -> str:
+    """What `judge` says of one cell, a limit after the other."""
+    if not genes:
+        return "no_genes"
+    if len(genes) < config.min_genes:
+        return "min_genes"
+    if config.max_genes is not None and len(genes) > config.max_genes:
+        return "max_genes"
+    if config.min_counts is not None and sum(values) < config.min_counts:
+        return "min_counts"
+    if config.max_counts is not None and sum(values) > config.max_counts:
+        return "max_counts"
+    if config.max_value is not None and max(values) > config.max_value:
+        return "max_value"
+    everything = sum(values) + sum(outside)
+    if config.max_mito_fraction is not None and mito / everything > config.max_mito_fraction:
+        return "max_mito_fraction"
+    return "kept"
+
+
+@settings(deadline=None)   # compiles on the first call
+@given(st.lists(st.tuples(st.lists(st.integers(1, 30), max_size=8), st.lists(st.integers(1, 30), max_size=3)),
+                min_size=1, max_size=20),
+       st.builds(CellsConfig, min_genes=st.integers(0, 3), max_genes=st.none() | st.integers(3, 7),
+                 min_counts=st.none() | st.integers(0, 30), max_counts=st.none() | st.integers(31, 90),
+                 max_value=st.none() | st.integers(1, 30), max_mito_fraction=st.none() | st.floats(0, 1)))
+def test_judge_agrees_with_a_slow_twin(drawn: list[tuple[list[int], list[int]]], config: CellsConfig) -> None:
+    values = [value for inside, _ in drawn for value in inside]
+    offsets = offsets_of(np.array([len(inside) for inside, _ in drawn]))
+    mito = [float(sum(outside)) for _, outside in drawn]   # all of it outside the vocabulary
+    cells = RaggedBatch(np.zeros(len(values), np.uint16), np.array(values, np.uint32), offsets, {
+        SUM_IN: np.array([float(sum(inside) + sum(outside)) for inside, outside in drawn]),
+        SUM_MITO: np.array(mito), SUM_UNMAPPED: np.array(mito)})
+    found = ["kept" if reason == KEPT else REASONS[reason]
+             for reason in judge(cells, np.ones(len(drawn), bool), config)]
+    assert found == [slow_judge(list(range(len(inside))), list(map(float, inside)), list(map(float, outside)), share,
+                                config) for (inside, outside), share in zip(drawn, mito, strict=True)]
+
+
+def test_limits_that_no_cell_can_meet_are_refused() -> None:
+    with pytest.raises(ConfigError, match="min_genes is 50, above max_genes, 40: no cell has both"):
+        validate(CellsConfig, {"max_genes": 40})
+    with pytest.raises(ConfigError, match="min_counts"):
+        validate(CellsConfig, {"min_counts": 3, "max_counts": 2})
+
+
+@pytest.mark.parametrize(("name", "present", "expected"), [
+    ("donor", ["donor_id", "donor"], "donor"), ("donor", ["patient", "donor_id"], "donor_id"),
+    ("donor", ["Patient"], "Patient"), ("cell_type", ["Cell.Type"], "Cell.Type"), ("cell_type", ["type"], None),
+    ("cell_type", ["Cell.Type", "celltype"], None), ("dataset", ["dataset_id"], "dataset_id"),
+    ("donor", ["donor_id", "DonorID"], "donor_id"), ("tissue", [], None)])
+def test_columns_are_found_under_their_other_names(name: str, present: list[str], expected: str | None) -> None:
+    assert own_name(name, present) == expected
 
 
 def test_without_limits_only_empty_cells_go() -> None:

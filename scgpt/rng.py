@@ -30,6 +30,7 @@ PURPOSE_SPLIT = np.uint64(7)       # perception or generation
 PURPOSE_HOLD_OUT = np.uint64(8)    # the split of a cell, where cells are held out one by one
 PURPOSE_DROPOUT = np.uint64(9)     # seed of a micro-batch's dropout: (seed, step, its number) for epoch and cell
 PURPOSE_WEIGHTS = np.uint64(10)    # seed of a model's first weights
+PURPOSE_MIXTURE = np.uint64(11)    # which corpus a place of a mixture falls to; seed of the order of each corpus
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.order import ROUNDS, global_batch, in_order, permute
+from pretrain.order import (
+    PERIOD,
+    ROUNDS,
+    global_batch,
+    in_order,
+    mixed_batch,
+    permute,
+    permute_in_blocks,
+    shares,
+)
 from scgpt.errors import DataError
 from scgpt.rng import PURPOSE_ORDER, bits, stream
 
@@ -106,3 +115,107 @@ def test_evaluation_goes_once_through_the_cells_in_stored_order():
 def test_a_split_without_cells_is_refused():
     with pytest.raises(DataError, match="no cells to train on"):
         global_batch(0, n_cells=0, global_batch_size=4, seed=0)
+
+
+# ---- blocks
+
+
+def block_order(n_cells, block_cells, window_blocks, seed=0, epoch=0):
+    return permute_in_blocks(np.arange(n_cells), np.full(n_cells, epoch), n_cells, seed, block_cells, window_blocks)
+
+
+@settings(max_examples=80, deadline=None)
+@given(n_cells=st.integers(1, 2_000), block_cells=st.integers(1, 300), window_blocks=st.integers(1, 12),
+       epoch=st.integers(0, 9))
+def test_in_blocks_too_every_cell_comes_up_once_an_epoch(n_cells, block_cells, window_blocks, epoch):
+    order = block_order(n_cells, block_cells, window_blocks, 5, epoch)
+    np.testing.assert_array_equal(np.sort(order), np.arange(n_cells))
+
+
+@settings(max_examples=40, deadline=None)
+@given(n_cells=st.integers(200, 2_000), block_cells=st.integers(8, 60), window_blocks=st.integers(1, 6))
+def test_a_window_of_places_reads_few_blocks_and_mixes_them(n_cells, block_cells, window_blocks):
+    order = block_order(n_cells, block_cells, window_blocks)
+    size = block_cells * window_blocks
+    for first in range(0, n_cells, size):
+        cells = np.sort(order[first:first + size])
+        runs = 1 + np.count_nonzero(np.diff(cells) != 1)   # neighbours in storage
+        assert runs <= window_blocks + 1                   # one block may wrap around the end
+
+
+def test_any_place_of_blocks_is_computed_alone():
+    n_cells, places = 1_003, np.array([0, 500, 1_002, 7])
+    whole = [block_order(n_cells, 50, 4, 1, epoch) for epoch in (0, 1)]
+    found = permute_in_blocks(np.r_[places, places], np.repeat([0, 1], 4), n_cells, 1, 50, 4)
+    np.testing.assert_array_equal(found, np.r_[whole[0][places], whole[1][places]])
+
+
+def test_blocks_come_in_another_order_each_epoch_and_start_elsewhere():
+    orders = [block_order(1_000, 50, 4, seed, epoch) for seed in range(2) for epoch in range(3)]
+    assert len({tuple(order) for order in orders}) == len(orders)
+    assert len({frozenset(order[:200].tolist()) for order in orders}) == len(orders)
+    assert len({int(np.sort(order[:50])[0]) % 50 for order in orders}) > 1
+
+
+# ---- mixtures
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6))
+def test_shares_are_the_weights_to_one_place(weights):
+    wanted = np.array(weights) / sum(weights) * PERIOD
+    if wanted.min() >= 1:
+        counts = shares(weights)
+        assert counts.sum() == PERIOD
+        assert (np.abs(counts - wanted) <= 1).all()
+
+
+@pytest.mark.parametrize("weights", [[1, 0], [1, -1], [1, float("nan")], [1, 1e-9], [float("inf"), 1]])
+def test_weights_that_deal_nothing_are_refused(weights):
+    with pytest.raises(DataError, match="mixture"):
+        shares(weights)
+
+
+def mixed(n_steps, size, n_cells, weights, seed=0, first=0):
+    counts = shares(weights)
+    steps = [mixed_batch(step, n_cells=n_cells, counts=counts, global_batch_size=size, seed=seed)
+             for step in range(first, first + n_steps)]
+    return [np.concatenate(parts) for parts in zip(*steps, strict=True)]
+
+
+def test_every_period_holds_exactly_the_shares():
+    corpora, _, _ = mixed(2 * PERIOD // 512, 512, [70_000, 300, 5_000], [2, 1, 0.5])
+    for period in range(2):
+        found = np.bincount(corpora[period * PERIOD:(period + 1) * PERIOD], minlength=3)
+        np.testing.assert_array_equal(found, shares([2, 1, 0.5]))
+    near = np.bincount(corpora[:4_096], minlength=3) / 4_096   # and they are mixed, not one after the other
+    np.testing.assert_allclose(near, np.array([2, 1, 0.5]) / 3.5, atol=0.05)
+
+
+@settings(max_examples=20, deadline=None)
+@given(n_cells=st.lists(st.integers(1, 400), min_size=1, max_size=4), seed=st.integers(0, 2**62), data=st.data())
+def test_each_corpus_of_a_mixture_goes_through_epochs_of_its_own(n_cells, seed, data):
+    weights = data.draw(st.lists(st.floats(0.1, 10), min_size=len(n_cells), max_size=len(n_cells)))
+    corpora, indices, epochs = mixed(8, 256, n_cells, weights, seed)
+    for corpus, cells in enumerate(n_cells):
+        own_indices, own_epochs = indices[corpora == corpus], epochs[corpora == corpus]
+        drawn = np.bincount(own_indices, minlength=cells)
+        assert len({(epoch, index) for epoch, index in zip(own_epochs.tolist(), own_indices.tolist(), strict=True)}) \
+            == len(own_indices)
+        assert drawn.max(initial=0) <= own_epochs.max(initial=0) + 1
+
+
+def test_a_corpus_runs_through_whole_epochs_over_whole_periods():
+    """All places of some periods at once: every cell of a finished epoch exactly once."""
+    corpora, indices, epochs = mixed(PERIOD // 256, 256, [1_000, 77], [3, 1])
+    for corpus, cells in enumerate((1_000, 77)):
+        for epoch in range(int(shares([3, 1])[corpus]) // cells):
+            mine = indices[(corpora == corpus) & (epochs == epoch)]
+            np.testing.assert_array_equal(np.sort(mine), np.arange(cells))
+
+
+def test_steps_of_a_mixture_are_places_end_to_end():
+    whole = mixed(1, 640, [50, 60], [1, 2], seed=3)
+    parts = mixed(10, 64, [50, 60], [1, 2], seed=3)
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_array_equal(one, other)

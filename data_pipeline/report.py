@@ -203,8 +203,8 @@ def _column_counts(corpus: Path, manifest: Manifest, column: str) -> dict[str, C
     found: dict[str, Counter[str | None]] = {}
     for name, split in manifest.splits.items():
         counts: Counter[str | None] = Counter()
-        for shard in split.shards:
-            values = pq.read_table(corpus / shard.obs.file, columns=[column]).column(0)
+        for part in split.parts:
+            values = pq.read_table(corpus / part.obs.file, columns=[column]).column(0)
             for item in pc.value_counts(values.cast(pa.string())).to_pylist():
                 counts[item["values"]] += item["counts"]
         found[name] = counts

@@ -25,8 +25,7 @@ class Kind:
 
 # In the order in which `auto` tries them.
 KINDS: Mapping[str, Kind] = {
-    "h5ad": Kind("h5ad:H5ad", (".h5ad",)),
-    "zarr": Kind("anndata_zarr:AnnDataZarr", (".zarr", ".zarr.zip"), ("zarr.json", ".zgroup")),
+    "h5ad": Kind("anndata_files:AnnDataFile", (".h5ad",)),
 }
 
 

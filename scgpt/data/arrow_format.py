@@ -8,29 +8,35 @@ batch (a Python call for nearly every cell once a corpus has many batches).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from scgpt.data.manifest import BatchEntry, ShardEntry
+from scgpt.data.corpus_files import RESTORE, CorpusFiles
+from scgpt.data.ipc_message import Codec
+from scgpt.data.manifest import BatchEntry, ShardEntry, check_sizes
 from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, RaggedBatch, offsets_of
 from scgpt.errors import DataError
 
 MAX_BATCH_VALUES = 1 << 20   # values of a record batch: 4 MiB at 4 bytes a value; one cell may exceed it
 
 
-def write_shard(path: Path, cells: RaggedBatch, *, max_batch_values: int = MAX_BATCH_VALUES) -> list[BatchEntry]:
+def write_shard(path: Path, cells: RaggedBatch, *, max_batch_values: int = MAX_BATCH_VALUES,
+                compression: Codec | None = None) -> list[BatchEntry]:
     """Write cells as one Arrow IPC stream; equal cells give equal bytes. The caller publishes the file.
 
+    `compression` packs each buffer of a record batch (cold storage: such a shard is not mapped but decoded).
     Raises DataError when one record batch would need list offsets above 2**31 - 1.
     """
     schema = pa.schema([(GENES, pa.list_(pa.from_numpy_dtype(cells.genes.dtype))),
                         (EXPRESSIONS, pa.list_(pa.from_numpy_dtype(cells.expressions.dtype))),
                         (CELL_ID, pa.uint64())])
     entries, schema_bytes = [], schema.serialize().size   # the writer holds the schema back until the first batch
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema, options=options) as writer:
         for first, last in _batch_bounds(cells.offsets, max_batch_values):
             entries.append(BatchEntry(offset=max(sink.tell(), schema_bytes), first_row=first, cells=last - first))
             writer.write_batch(_record_batch(cells, first, last, schema, path))
@@ -73,15 +79,20 @@ class ArrowShards:
     genes: NDArray[np.uint64]        # (batches,)      address of the values
     expressions: NDArray[np.uint64]  # (batches,)
     offsets: NDArray[np.uint64]      # (batches,)      address of the int32 list offsets, cells + 1 of them
+    n_values: NDArray[np.int64]      # (batches,)      values at either address
     ids: NDArray[np.uint64]          # (batches,)      address of the cell ids
     mappings: Sequence[pa.Table]     # keeps the memory alive
+    where: str                       # the corpus
 
     def lengths(self, cells: NDArray[np.int64]) -> NDArray[np.int64]:
         """Values of the given cells, (cells,), without reading a value."""
         from scgpt.data import gather
 
         lengths = np.empty(len(cells), np.int64)
-        gather.lengths(self.offsets, *self._locate(cells), lengths)
+        gather.lengths(self.offsets, self.n_values, *self._locate(cells), lengths)
+        if lengths.min(initial=0) < 0:
+            raise DataError(f"the list boundaries of cell {cells[lengths.argmin()]} are damaged", where=self.where,
+                            fix="find the damaged file with: scgpt data verify")
         return lengths
 
     def cell_ids(self, cells: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -100,8 +111,8 @@ class ArrowShards:
         batches, rows = self._locate(cells)
         genes = np.empty(offsets[-1], self.gene_type)
         expressions = np.empty(offsets[-1], self.expression_type)
-        gather.lists(self.genes, self.offsets, batches, rows, offsets, genes)
-        gather.lists(self.expressions, self.offsets, batches, rows, offsets, expressions)
+        gather.lists(self.genes, self.offsets, batches, rows, offsets[:-1], offsets[1:], genes)
+        gather.lists(self.expressions, self.offsets, batches, rows, offsets[:-1], offsets[1:], expressions)
         return RaggedBatch(genes, expressions, offsets, {CELL_ID: self.cell_ids(cells)})
 
     def _locate(self, cells: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -109,48 +120,57 @@ class ArrowShards:
         return batches, cells - self.first_cells[batches]
 
 
-def map_shards(corpus: Path, shards: Sequence[ShardEntry]) -> ArrowShards:
+def map_shards(files: CorpusFiles, shards: Sequence[ShardEntry]) -> ArrowShards:
     """Map the token files of a split; reads headers only, copies nothing.
 
     Raises DataError for a missing shard, and for one that does not hold what the manifest says (a stream cut between
     two messages would otherwise read as a shorter one).
     """
-    tables = [_map_shard(corpus / shard.file, shard) for shard in shards]
+    check_sizes(files, shards)
+    tables = [_map_shard(files.where(shard.file), shard) for shard in shards]
     batches = [batch for table in tables for batch in table.to_batches()]
     if not batches:
-        raise DataError("the split holds no cells", where=str(corpus), fix="give another split")
+        raise DataError("the split holds no cells", where=files.where(), fix="give another split")
     counts = np.array([batch.num_rows for batch in batches], np.int64)
-    types_found = {(batch.schema.field(GENES).type, batch.schema.field(EXPRESSIONS).type) for batch in batches}
-    if len(types_found) > 1:
-        raise DataError("the shards of one split store values in different types", where=str(corpus),
+    genes_type, expressions_type = value_types([table.schema for table in tables], files)
+    genes, expressions = ([batch.column(name) for batch in batches] for name in (GENES, EXPRESSIONS))
+
+    def addresses(arrays: Sequence[pa.Array]) -> NDArray[np.uint64]:
+        return np.array([address(array) for array in arrays], np.uint64)
+
+    n_values = [min(len(lists.values), len(values.values)) for lists, values in zip(genes, expressions, strict=True)]
+    return ArrowShards(genes_type, expressions_type, offsets_of(counts),
+                       addresses([array.values for array in genes]), addresses([array.values for array in expressions]),
+                       addresses(genes), np.array(n_values, np.int64),
+                       addresses([batch.column(CELL_ID) for batch in batches]), tables, files.where())
+
+
+def value_types(schemas: Sequence[pa.Schema], files: CorpusFiles) -> tuple[np.dtype[Any], np.dtype[Any]]:
+    """Types of genes and expressions, one for all shards of a split; else DataError."""
+    types = {tuple(schema.field(name).type for name in (GENES, EXPRESSIONS, CELL_ID)) for schema in schemas}
+    lists = types.pop()[:2]
+    if types or not all(isinstance(one, pa.ListType) for one in lists):
+        raise DataError("the shards of one split store values in different types", where=files.where(),
                         fix="build the corpus again")
-    genes_type, expressions_type = types_found.pop()
-
-    def addresses(column: str, *, values: bool) -> NDArray[np.uint64]:
-        arrays = [batch.column(column) for batch in batches]
-        return np.array([_address(array.values, 1) if values else _address(array, 1) for array in arrays], np.uint64)
-
-    return ArrowShards(np.dtype(genes_type.value_type.to_pandas_dtype()),
-                       np.dtype(expressions_type.value_type.to_pandas_dtype()), offsets_of(counts),
-                       addresses(GENES, values=True), addresses(EXPRESSIONS, values=True),
-                       addresses(GENES, values=False), addresses(CELL_ID, values=False), tables)
+    genes, expressions = (np.dtype(one.value_type.to_pandas_dtype()) for one in lists)
+    return genes, expressions
 
 
-def _map_shard(path: Path, shard: ShardEntry) -> pa.Table:
-    fix = "restore the file, or build the corpus again"
+def _map_shard(path: str, shard: ShardEntry) -> pa.Table:
     try:
-        size = path.stat().st_size
-        if size != shard.bytes:
-            raise DataError(f"the shard has {size} bytes, the manifest says {shard.bytes}", where=str(path), fix=fix)
-        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    except OSError as error:
-        raise DataError(f"the shard cannot be mapped: {error}", where=str(path), fix=fix) from error
+        table = pa.ipc.open_stream(pa.memory_map(path)).read_all()
+        table.validate()
+        for name in (GENES, EXPRESSIONS, CELL_ID):
+            table.schema.field(name)
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise DataError(f"the shard cannot be mapped: {error}", where=path, fix=RESTORE) from error
     if table.num_rows != shard.cells:
-        raise DataError(f"the shard holds {table.num_rows} cells, the manifest says {shard.cells}", where=str(path),
-                        fix=fix)
+        raise DataError(f"the shard holds {table.num_rows} cells, the manifest says {shard.cells}", where=path,
+                        fix=RESTORE)
     return table
 
 
-def _address(array: pa.Array, buffer: int) -> int:
-    found = array.buffers()[buffer]
+def address(array: pa.Array) -> int:
+    """Where the values of a flat array, or the boundaries of a list array, lie in memory."""
+    found = array.buffers()[1]
     return 0 if found is None else int(found.address)   # no buffer: no values

@@ -20,12 +20,16 @@ def _pointer(typing_context, address, like):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def lengths(offset_addresses, batches, rows, out):  # type: ignore[no-untyped-def]
-    """out[i] = number of values of cell rows[i] of record batch batches[i] (int32 list offsets at the address)."""
+def lengths(offset_addresses, n_values, batches, rows, out):  # type: ignore[no-untyped-def]
+    """out[i] = number of values of cell rows[i] of record batch batches[i] (int32 list offsets at the address).
+
+    -1 for a cell whose boundaries do not lie within the n_values of its batch: it must not be read.
+    """
     like = np.empty(0, np.int32)
     for i in range(len(rows)):
         offsets = carray(_pointer(offset_addresses[batches[i]], like), rows[i] + 2)  # type: ignore[call-arg]
-        out[i] = offsets[rows[i] + 1] - offsets[rows[i]]
+        first, last = offsets[rows[i]], offsets[rows[i] + 1]
+        out[i] = last - first if 0 <= first <= last <= n_values[batches[i]] else -1
 
 
 @njit(cache=True, nogil=True)
@@ -36,12 +40,19 @@ def items(addresses, batches, rows, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def lists(addresses, offset_addresses, batches, rows, out_offsets, out):  # type: ignore[no-untyped-def]
-    """out[out_offsets[i]:out_offsets[i + 1]] = the values of cell rows[i] of record batch batches[i]."""
+def lists(addresses, offset_addresses, batches, rows, starts, stops, out):  # type: ignore[no-untyped-def]
+    """out[starts[i]:stops[i]] = the values of cell rows[i] of record batch batches[i]."""
     like = np.empty(0, np.int32)
     width = np.uint64(out.itemsize)
     for i in range(len(rows)):
         first = carray(_pointer(offset_addresses[batches[i]], like), rows[i] + 1)[rows[i]]  # type: ignore[call-arg]
-        start, stop = out_offsets[i], out_offsets[i + 1]
+        start, stop = starts[i], stops[i]
         address = addresses[batches[i]] + np.uint64(first) * width
         out[start:stop] = carray(_pointer(address, out), stop - start)
+
+
+@njit(cache=True, nogil=True)
+def scatter(values, offsets, places, out):  # type: ignore[no-untyped-def]
+    """From out[places[i]] on: the values [offsets[i], offsets[i + 1])."""
+    for i in range(len(places)):
+        out[places[i]:places[i] + offsets[i + 1] - offsets[i]] = values[offsets[i]:offsets[i + 1]]

@@ -1,12 +1,14 @@
 """manifest.json: what a corpus holds, with a checksum of every file and of itself; without it there is no corpus."""
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from scgpt.config import Config
+from scgpt.data.corpus_files import RESTORE, CorpusFiles
 from scgpt.data.schema import FORMAT, FORMAT_VERSION
 from scgpt.errors import DataError
 from scgpt.files import json_bytes, write_bytes
@@ -15,7 +17,17 @@ MANIFEST = "manifest.json"
 VOCAB = "vocab.json"
 
 
-class BatchEntry(Config):
+class Entry(Config):
+    """A part of the manifest. A key that may be None is absent then: what an older package wrote stays what it was."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        optional = {name for name, field in type(self).model_fields.items() if field.default is None}
+        return {name: value for name, value in values.items() if value is not None or name not in optional}
+
+
+class BatchEntry(Entry):
     """One record batch of a shard: enough to read it alone, also over a network."""
 
     offset: int      # bytes from the start of the file to the batch's message
@@ -23,16 +35,20 @@ class BatchEntry(Config):
     cells: int
 
 
-class ObsEntry(Config):
-    """The Parquet file with what is known of a shard's cells, in the same order."""
+class FileEntry(Entry):
+    """One file."""
 
     file: str        # path within the corpus
     bytes: int
     sha256: str
 
 
-class ShardEntry(Config):
-    """One token file."""
+class ObsEntry(FileEntry):
+    """The Parquet file with what is known of a shard's cells, in the same order."""
+
+
+class ShardEntry(Entry):
+    """One token file of the Arrow form."""
 
     file: str        # path within the corpus
     cells: int
@@ -43,15 +59,54 @@ class ShardEntry(Config):
     obs: ObsEntry
 
 
-class SplitEntry(Config):
-    """The shards of train or valid, in order."""
+class PartEntry(Entry):
+    """Some cells of a Zarr store: one metadata file, and one shard where the split is converted to Arrow."""
 
     cells: int
     tokens: int
-    shards: list[ShardEntry]
+    obs: ObsEntry
 
 
-class VocabEntry(Config):
+class StoreEntry(Entry):
+    """The Zarr form of a split."""
+
+    path: str                  # of the group within the corpus
+    files: list[FileEntry]     # everything below it, sorted
+    parts: list[PartEntry]     # in the order of the cells
+
+
+class SplitEntry(Entry):
+    """The cells of train or valid, in order: shards of the Arrow form, or one store of the Zarr form."""
+
+    cells: int
+    tokens: int
+    shards: list[ShardEntry]                                # empty in the Zarr form
+    compression: Literal["zstd", "lz4"] | None = None       # absent: none
+    store: StoreEntry | None = None                         # absent: the Arrow form
+
+    @property
+    def form(self) -> Literal["arrow", "zarr"]:
+        """How the tokens are stored."""
+        return "arrow" if self.store is None else "zarr"
+
+    @property
+    def parts(self) -> list[PartEntry]:
+        """Cells, tokens and metadata file of each part, in order, in either form."""
+        if self.store is not None:
+            return self.store.parts
+        return [PartEntry(cells=shard.cells, tokens=shard.tokens, obs=shard.obs) for shard in self.shards]
+
+    def files(self) -> Iterator[FileEntry]:
+        """Every file of the split."""
+        for shard in self.shards:
+            yield FileEntry(file=shard.file, bytes=shard.bytes, sha256=shard.sha256)
+        if self.store is not None:
+            yield from self.store.files
+        for part in self.parts:
+            yield part.obs
+
+
+class VocabEntry(Entry):
     """Which vocabulary the ids belong to."""
 
     name: str
@@ -59,7 +114,7 @@ class VocabEntry(Config):
     tokens: int
 
 
-class GeneSummary(Config):
+class GeneSummary(Entry):
     """How a source's genes met the vocabulary."""
 
     style: str                      # symbol, ensembl
@@ -73,7 +128,7 @@ class GeneSummary(Config):
     unmapped_sum: float             # their counts in the cells that were read
 
 
-class SourceEntry(Config):
+class SourceEntry(Entry):
     """The ledger of one source: every cell is written, or filtered for one reason."""
 
     name: str
@@ -88,7 +143,7 @@ class SourceEntry(Config):
     genes: GeneSummary
 
 
-class Manifest(Config):
+class Manifest(Entry):
     """The index of a corpus; the order of the fields is the order in the file."""
 
     format: str = FORMAT
@@ -113,19 +168,19 @@ class Manifest(Config):
         write_bytes(corpus / MANIFEST, self.to_bytes())
 
     @classmethod
-    def read(cls, corpus: Path) -> "Manifest":
-        """Read and check `manifest.json`.
+    def read(cls, corpus: Path | str | CorpusFiles) -> "Manifest":
+        """Read and check `manifest.json` of the corpus in a folder or behind a URL.
 
-        Raises DataError when the folder is no corpus, its format is newer than this package, or any byte was changed.
+        Raises DataError where there is no corpus, its format is newer than this package, or any byte was changed.
         """
-        path = corpus / MANIFEST
+        files = corpus if isinstance(corpus, CorpusFiles) else CorpusFiles(corpus)
+        path = files.where(MANIFEST)
         try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"not a corpus: {MANIFEST} cannot be read ({error.strerror})", where=str(corpus),
+            content = files.read(MANIFEST)
+        except DataError as error:
+            raise DataError(f"not a corpus: {error.what}", where=files.where(),
                             fix="give a folder that `scgpt data build CONFIG --out DIR` has made") from error
-        damaged = DataError(f"{MANIFEST} was changed after it was written", where=str(path),
-                            fix="restore the file, or build the corpus again")
+        damaged = DataError(f"{MANIFEST} was changed after it was written", where=path, fix=RESTORE)
         try:
             body = json.loads(content)
             version = body["format_version"] if body["format"] == FORMAT else None
@@ -133,7 +188,7 @@ class Manifest(Config):
             raise damaged from error
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise DataError(f"the corpus has format version {version}, this package reads up to {FORMAT_VERSION}",
-                            where=str(path), fix="upgrade scgpt-pretrain")
+                            where=path, fix="upgrade scgpt-pretrain")
         try:
             body.pop("sha256", None)
             manifest = cls.model_validate(body)
@@ -147,3 +202,11 @@ class Manifest(Config):
     def sha256(self) -> str:
         """The identity of the corpus: the digest that stands in the file."""
         return hashlib.sha256(json_bytes(self.model_dump(mode="json"))).hexdigest()
+
+
+def check_sizes(files: CorpusFiles, entries: Sequence[FileEntry | ShardEntry]) -> None:
+    """Raise DataError where a file is missing or has not the size that the manifest says; reads no content."""
+    for entry, size in zip(entries, files.sizes([entry.file for entry in entries]), strict=True):
+        if size != entry.bytes:
+            raise DataError(f"the file has {size} bytes, the manifest says {entry.bytes}",
+                            where=files.where(entry.file), fix=RESTORE)

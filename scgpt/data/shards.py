@@ -1,0 +1,57 @@
+"""The tokens of a split, opened: whatever the form, the compression and the place, cells are asked for in one way."""
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scgpt.data.arrow_format import map_shards
+from scgpt.data.corpus_files import CorpusFiles
+from scgpt.data.manifest import SplitEntry
+from scgpt.data.schema import RaggedBatch, offsets_of
+
+WINDOW_VALUES = 4 << 20   # values that are read at once by what walks through all cells
+
+
+class Shards(Protocol):
+    """Cells of a split by their place, 0 to cells - 1; the caller keeps to that range."""
+
+    def lengths(self, cells: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Values of the given cells, (cells,), without reading them."""
+
+    def cell_ids(self, cells: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Ids of the given cells, (cells,)."""
+
+    def fetch(self, cells: NDArray[np.int64]) -> RaggedBatch:
+        """Copy the given cells out, in the given order, with `cell_id`."""
+
+
+def open_shards(files: CorpusFiles, entry: SplitEntry) -> Shards:
+    """Open the tokens of a split that holds cells.
+
+    Raises DataError: a file is missing, has another size, or does not hold what the manifest says.
+    """
+    if files.folder is not None and entry.compression is None:
+        return map_shards(files, entry.shards)
+    from scgpt.data.record_batches import BatchShards
+
+    return BatchShards(files, entry.shards)
+
+
+def windows(shards: Shards, first: int, last: int, *, max_values: int = WINDOW_VALUES) -> Iterator[tuple[int, int]]:
+    """Cut cells [first, last) into ranges of at most `max_values` values; a longer cell is alone."""
+    step = 1 << 20   # cells whose lengths are looked at together
+    for start in range(first, last, step):
+        offsets = offsets_of(shards.lengths(np.arange(start, min(start + step, last))))
+        begin = 0
+        while begin < len(offsets) - 1:
+            end = max(int(np.searchsorted(offsets, offsets[begin] + max_values, side="right")) - 1, begin + 1)
+            yield start + begin, start + end
+            begin = end
+
+
+def part_bounds(cells: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last + 1 cell of each part of a split."""
+    bounds = offsets_of(np.array(cells, np.int64)).tolist()
+    return list(pairwise(bounds))

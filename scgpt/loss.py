@@ -79,12 +79,3 @@ def elastic_cell_similarity(cell_emb: Tensor, threshold: float) -> Tensor:
     normed = F.normalize(cell_emb, p=2.0, dim=1)
     cosine = (normed @ normed.t()).fill_diagonal_(0.0)
     return (1 - (F.relu(cosine) - threshold).square()).mean()
-
-
-def contrastive_cell_loss(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tensor:
-    """CCE: cross entropy of finding each cell's second view among all (Gao et al., SimCSE, 2021).
-
-    (cells, d_model) twice -> ().
-    """
-    cosine = F.cosine_similarity(first.unsqueeze(1), second.unsqueeze(0), dim=-1) / temperature
-    return F.cross_entropy(cosine, torch.arange(len(first), device=first.device))

@@ -3,6 +3,8 @@
 Three forms of a batch give the same numbers for the same cells: padded rows, packed cells, and perception and
 generation parts of either. All that comes after (decoders, losses) is TransformerModel's.
 """
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ class CellEncoder(nn.Module):
                  backend: str | None, pre_norm: bool, generative: bool, attention_dropout: float | None,
                  attention_backend: str) -> None:
         super().__init__()
+        self.cur_gene_token_embs: Tensor  # (batch, seq, d_model) of the last padded batch
         self.d_model, self.input_emb_style = d_model, input_emb_style
         self.use_batch_labels, self.domain_spec_batchnorm = use_batch_labels, domain_spec_batchnorm
         self.norm_scheme = "pre" if pre_norm else "post"
@@ -46,6 +49,10 @@ class CellEncoder(nn.Module):
             attention_dropout=attention_dropout, attention_backend=attention_backend)
         if generative and isinstance(self.transformer_encoder, FastTransformerEncoderWrapper):
             raise ValueError("generative training needs softmax attention: use fast_transformer_backend='flash'")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out what the last batch left behind: it hangs on a graph that cannot be copied."""
+        return {name: value for name, value in self.__dict__.items() if name != "cur_gene_token_embs"}
 
     def _embed(self, src: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor]:
         """(...) ids and values -> layer input and gene embeddings, (..., d_model) each; no values: gene alone."""

@@ -65,6 +65,10 @@ class ModelConfig(Config):
         if self.generative and (self.layers != "flash" or self.kind == "generator"):
             raise ConfigError("generative training needs kind 'transformer' with layers 'flash'",
                               fix="change one of them")
+        if self.mvc and self.mvc_decoder_style.endswith("query") and (self.explicit_zero_prob or self.use_batch_labels):
+            raise ConfigError(f"mvc_decoder_style '{self.mvc_decoder_style}' knows no zero probabilities and no batch "
+                              "labels", fix="set it to 'inner product', or mvc, explicit_zero_prob and "
+                              "use_batch_labels to false")
         if self.pre_norm and self.layers != "flash":
             raise ConfigError("pre_norm has no effect on layers other than 'flash'", fix="set layers to 'flash'")
         return self

@@ -120,8 +120,9 @@ class MVCDecoder(nn.Module):
     """Expression of a gene predicted from the cell embedding and the gene's own embedding.
 
     "inner product" (with ", detach": no gradient to the gene embeddings) returns {"pred"} and, with
-    `explicit_zero_prob`, {"zero_probs"}; "concat query" and "sum query" return a bare tensor, as upstream, know no
-    zero probabilities (NotImplementedError) and no batch labels (ValueError). With `use_batch_labels`, `cell_emb` is
+    `explicit_zero_prob`, {"zero_probs"}; "concat query" and "sum query" return a bare tensor, as upstream. Those two
+    can be built with zero probabilities and batch labels, but not called: NotImplementedError for zero probabilities,
+    ValueError for a `cell_emb` that is not d_model wide. With "inner product" and `use_batch_labels`, `cell_emb` is
     2 x d_model wide: cell, then batch embedding.
     """
 
@@ -138,10 +139,6 @@ class MVCDecoder(nn.Module):
             if explicit_zero_prob:
                 self.W_zero_logit = nn.Linear(d_model, d_in)
         elif arch_style in ("concat query", "sum query"):
-            if explicit_zero_prob:
-                raise NotImplementedError(f"'{arch_style}' predicts no zero probabilities: use 'inner product'")
-            if use_batch_labels:
-                raise ValueError(f"'{arch_style}' has no room for batch labels: use 'inner product'")
             concat = arch_style == "concat query"
             self.gene2query = nn.Linear(d_model, 64 if concat else d_model)
             self.query_activation = query_activation()
@@ -167,6 +164,11 @@ class MVCDecoder(nn.Module):
             if self.explicit_zero_prob:
                 output["zero_probs"] = _inner(self.W_zero_logit(query), cell_emb).sigmoid()
             return output
+        if self.explicit_zero_prob:
+            raise NotImplementedError(f"'{self.arch_style}' predicts no zero probabilities: use 'inner product'")
+        if cell_emb.shape[-1] != gene_embs.shape[-1]:
+            raise ValueError(f"'{self.arch_style}' takes a cell embedding as wide as the genes' "
+                             f"({gene_embs.shape[-1]}), not {cell_emb.shape[-1]}: it has no room for batch labels")
         if self.arch_style == "concat query":
             joined = torch.cat([cell_emb.expand(*query.shape[:-1], -1), query], dim=-1)
         else:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 class _DomainSpecificBatchNorm(nn.Module):
     """One batch norm a domain; a call names the domain of its whole input.
 
-    `cur_domain` is the domain of the last call (0 before the first).
+    `cur_domain` is the domain of the last call (None before the first).
     """
 
     _norm: type[nn.BatchNorm1d] | type[nn.BatchNorm2d]
@@ -13,15 +13,19 @@ class _DomainSpecificBatchNorm(nn.Module):
     def __init__(self, num_features: int, num_domains: int, eps: float = 1e-5, momentum: float = 0.1,
                  affine: bool = True, track_running_stats: bool = True) -> None:  # noqa: FBT001, FBT002 upstream
         super().__init__()
-        self._cur_domain = 0
+        self._cur_domain: int | None = None
         self.num_domains = num_domains
         self.bns = nn.ModuleList(
             [self._norm(num_features, eps, momentum, affine, track_running_stats) for _ in range(num_domains)])
 
     @property
-    def cur_domain(self) -> int:
+    def cur_domain(self) -> int | None:
         """Domain of the last call."""
         return self._cur_domain
+
+    @cur_domain.setter
+    def cur_domain(self, domain_label: int | None) -> None:
+        self._cur_domain = domain_label
 
     def reset_running_stats(self) -> None:
         """Forget the statistics of every domain."""

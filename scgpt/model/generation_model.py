@@ -67,8 +67,8 @@ class TransformerGenerator(nn.Module):
         super().__init__()
         if cell_emb_style not in POOLING_STYLES:
             raise ValueError(f"unknown cell_emb_style '{cell_emb_style}': use one of {', '.join(POOLING_STYLES)}")
-        self.model_type = "Transformer"
-        self.d_model, self.pad_token, self.pad_value, self.pert_pad_id = d_model, pad_token, pad_value, pert_pad_id
+        self.model_type, self.d_model, self.pad_token_id = "Transformer", d_model, vocab[pad_token]
+        self.pad_token, self.pad_value, self.pert_pad_id = pad_token, pad_value, pert_pad_id
         self.ecs_threshold, self.domain_spec_batchnorm = ecs_threshold, domain_spec_batchnorm
         self.n_input_bins, self.cell_emb_style = n_input_bins or 0, cell_emb_style
         self.explicit_zero_prob, self.use_fast_transformer = explicit_zero_prob, use_fast_transformer
@@ -153,6 +153,10 @@ class TransformerGenerator(nn.Module):
                 src_key_padding_mask: Tensor | None) -> Tensor:
         """Hidden vectors (batch, seq, d_model) of padded cells, as upstream."""
         return self._encode_padded(src, values, input_pert_flags, src_key_padding_mask).output
+
+    def _get_cell_emb_from_layer(self, layer_output: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Cell embeddings (batch, d_model) of hidden vectors (batch, seq, d_model), as upstream."""
+        return pool(layer_output, self.cell_emb_style, weights, None)
 
     def _decode(self, hidden: Hidden, values: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
         means = None if hidden.packed is None else mean_nonzero(values, hidden.packed)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scgpt.loss import contrastive_cell_loss, elastic_cell_similarity
+from scgpt.loss import elastic_cell_similarity
 from scgpt.model.cell_encoder import CellEncoder
 from scgpt.model.decoders import AdversarialDiscriminator, ClsDecoder, ExprDecoder, MVCDecoder, Similarity
 from scgpt.model.encoders import (
@@ -86,8 +86,9 @@ class TransformerModel(CellEncoder):
                  attention_backend: str = "auto") -> None:
         if vocab is None:
             raise ValueError(f"TransformerModel needs vocab, a mapping that holds '{pad_token}'")
-        if (use_batch_labels or do_dab or domain_spec_batchnorm) and num_batch_labels is None:
-            raise ValueError("use_batch_labels, do_dab and domain_spec_batchnorm need num_batch_labels")
+        per_domain = domain_spec_batchnorm in (True, "dsbn") or (domain_spec_batchnorm and use_generative_training)
+        if (use_batch_labels or do_dab or per_domain) and num_batch_labels is None:
+            raise ValueError("use_batch_labels, do_dab and a norm for each domain need num_batch_labels")
         if cell_emb_style not in POOLING_STYLES:
             raise ValueError(f"unknown cell_emb_style '{cell_emb_style}': use one of {', '.join(POOLING_STYLES)}")
         fast, n_labels = use_fast_transformer or use_generative_training, num_batch_labels or 0
@@ -109,7 +110,7 @@ class TransformerModel(CellEncoder):
                                           use_batch_labels=use_batch_labels)
         if do_dab:
             self.grad_reverse_discriminator = AdversarialDiscriminator(d_model, n_cls=n_labels, reverse_grad=True)
-        self.sim = Similarity(temp=0.5)
+        self.sim, self.creterion_cce = Similarity(temp=0.5), nn.CrossEntropyLoss()  # upstream's spelling
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -163,6 +164,9 @@ class TransformerModel(CellEncoder):
             if generative_training:
                 return self._encode_parts(src, values, src_key_padding_mask, gen_genes, gen_key_padding_mask,
                                           batch_labels, input_cell_emb)
+            if input_cell_emb is None:   # through the method that subclasses of upstream's model override
+                output = self._encode(src, values, src_key_padding_mask, batch_labels)
+                return Hidden(output, self.cur_gene_token_embs, None)
             return self._encode_padded(src, values, src_key_padding_mask, batch_labels, input_cell_emb)
 
         hidden = encode()
@@ -197,11 +201,17 @@ class TransformerModel(CellEncoder):
         elif batch_labels is not None:
             raise ValueError("batch_labels were given to a model without use_batch_labels and domain_spec_batchnorm")
 
-    def _encode(self, src: Tensor, values: Tensor, src_key_padding_mask: Tensor | None,
+    def _encode(self, src: Tensor, values: Tensor | None, src_key_padding_mask: Tensor | None,
                 batch_labels: Tensor | None = None) -> Tensor:
-        """Hidden vectors (batch, seq, d_model) of padded cells, as upstream."""
+        """Hidden vectors (batch, seq, d_model) of padded cells; keeps `cur_gene_token_embs` for MVC, as upstream."""
         self._check_batch_labels(batch_labels)
-        return self._encode_padded(src, values, src_key_padding_mask, batch_labels).output
+        hidden = self._encode_padded(src, values, src_key_padding_mask, batch_labels)
+        self.cur_gene_token_embs = hidden.gene_embs
+        return hidden.output
+
+    def _get_cell_emb_from_layer(self, layer_output: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Cell embeddings (batch, d_model) of hidden vectors (batch, seq, d_model), as upstream."""
+        return pool(layer_output, self.cell_emb_style, weights, None)
 
     def _decode(self, hidden: Hidden, batch_emb: Tensor | None, positions: Tensor | None, *,
                 do_sample: bool) -> dict[str, Tensor]:
@@ -232,26 +242,32 @@ class TransformerModel(CellEncoder):
         return logits
 
     def _contrast(self, cell_emb: Tensor, encode: Callable[[], Hidden], weights: Tensor | None) -> Tensor:
-        """CCE against a second pass over the same cells; over all ranks while training."""
+        """CCE against a second pass over the same cells (Gao et al., SimCSE, 2021); over all ranks while training."""
         second = encode()
         views = [cell_emb, pool(second.output, self.cell_emb_style, weights, second.packed)]
         if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
             views = [gather_cells(view) for view in views]
-        return contrastive_cell_loss(views[0], views[1], self.sim.temp)
+        similarity = self.sim(views[0].unsqueeze(1), views[1].unsqueeze(0))
+        loss: Tensor = self.creterion_cce(similarity, torch.arange(len(similarity), device=similarity.device))
+        return loss
 
     def generate(self, cell_emb: Tensor, src: Tensor, values: Tensor | None = None,
                  src_key_padding_mask: Tensor | None = None, gen_iters: int = 1,
                  batch_labels: Tensor | None = None) -> Tensor:
         """Expression (batch, seq) of genes `src` in cells with the embeddings `cell_emb` (batch, d_model).
 
-        The embedding takes the place of the first token. `gen_iters` has no effect, as upstream. Missing labels are 0,
-        with a warning.
+        The embedding takes the place of the first token; one of (1, d_model) or (d_model,) serves every cell.
+        `gen_iters` has no effect, as upstream. Missing labels are 0, and labels that the model has no use for are
+        not used, both with a warning.
         """
         try:
             self._check_batch_labels(batch_labels)
         except AssertionError:
             warnings.warn("batch_labels are missing: every cell gets label 0", stacklevel=2)
-            batch_labels = torch.zeros(cell_emb.shape[0], dtype=torch.long, device=cell_emb.device)
+            batch_labels = torch.zeros(len(src), dtype=torch.long, device=src.device)
+        except ValueError as error:
+            warnings.warn(f"{error}: they are not used", stacklevel=2)
+        cell_emb = cell_emb.expand(len(src), -1)
         hidden = self._encode_padded(src, values, src_key_padding_mask, batch_labels, cell_emb)
         batch_emb = self.batch_encoder(batch_labels) if self.use_batch_labels else None
         return self._decode(hidden, batch_emb, None, do_sample=False)["mlm_output"]

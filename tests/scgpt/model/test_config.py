@@ -57,7 +57,8 @@ def test_args_json_without_a_size_is_refused():
 @pytest.mark.parametrize(("variant", "word"), [
     ({"n_heads": 5}, "n_heads"), ({"input_emb_style": "category"}, "n_input_bins"), ({"dab": True}, "n_batch_labels"),
     ({"generative": True, "layers": "torch"}, "generative"), ({"pre_norm": True, "layers": "torch"}, "pre_norm"),
-    ({"dropout": 1.0}, "dropout")])
+    ({"dropout": 1.0}, "dropout"), ({"mvc_decoder_style": "sum query", "explicit_zero_prob": True}, "sum query"),
+    ({"mvc_decoder_style": "concat query", "use_batch_labels": True, "n_batch_labels": 2}, "concat query")])
 def test_what_does_not_fit_together_is_refused(variant, word):
     with pytest.raises(ConfigError, match=word):
         validate(ModelConfig, SIZES | variant)

@@ -1,5 +1,7 @@
 """TransformerModel beyond the golden vectors: packed equals padded, generative equals a dense mask, refusals."""
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -28,11 +30,11 @@ OPTIONS = {
 }
 
 
-def build(**options) -> TransformerModel:
+def build(model_type=TransformerModel, **options) -> TransformerModel:
     torch.manual_seed(1)
     settings_ = {"use_fast_transformer": True, "dropout": 0.0, "do_mvc": True, "n_cls": 3, "vocab": VOCAB,
                  "pad_value": -2} | options
-    return TransformerModel(N_TOKENS, 16, 2, 12, 2, **settings_).double()
+    return model_type(N_TOKENS, 16, 2, 12, 2, **settings_).double()
 
 
 def labels_of(options, packed):
@@ -223,6 +225,8 @@ def test_contrast_compares_two_views_with_dropout():
     ({"use_generative_training": True, "n_cls": 1}, {"CLS": True}, "n_cls"),
     ({"use_generative_training": True, "cell_emb_style": "w-pool"}, {"generative_training": True}, "w-pool"),
     ({"use_generative_training": True, "input_emb_style": "scaling"}, {"generative_training": True}, "scaling"),
+    ({"mvc_decoder_style": "sum query", "use_batch_labels": True, "num_batch_labels": 2},
+     {"MVC": True, "batch_labels": torch.tensor([0, 1])}, "batch labels"),
 ])
 def test_a_call_that_cannot_be_is_refused_with_the_reason(options, arguments, word):
     genes, values, mask = padded(cells([3, 2]))
@@ -237,7 +241,6 @@ def test_a_call_that_cannot_be_is_refused_with_the_reason(options, arguments, wo
     ({"fast_transformer_backend": "other"}, "fast_transformer_backend"),
     ({"mvc_decoder_style": "other"}, "MVC decoder"),
     ({"use_generative_training": True, "fast_transformer_backend": "linear"}, "softmax"),
-    ({"mvc_decoder_style": "sum query", "use_batch_labels": True, "num_batch_labels": 2}, "batch labels"),
 ])
 def test_an_option_that_cannot_be_is_refused_with_the_reason(options, word):
     with pytest.raises(ValueError, match=word):
@@ -261,6 +264,52 @@ def test_layers_start_as_copies_of_one():
 
 def test_query_style_decoder_keeps_upstreams_return_type():
     assert isinstance(MVCDecoder(8, "concat query")(torch.zeros(2, 8), torch.zeros(2, 3, 8)), torch.Tensor)
+
+
+@pytest.mark.parametrize(("options", "labels_wanted"), [
+    ({"mvc_decoder_style": "sum query", "explicit_zero_prob": True}, False),
+    ({"mvc_decoder_style": "concat query", "use_batch_labels": True, "num_batch_labels": 2}, True),
+    ({"domain_spec_batchnorm": "batchnorm"}, True), ({"domain_spec_batchnorm": "do_affine"}, True)], ids=str)
+def test_what_upstream_builds_and_runs_is_built_and_run(options, labels_wanted):
+    genes, values, mask = padded(cells([3, 2]))
+    labels = torch.zeros(2, dtype=torch.long) if labels_wanted else None
+    assert build(**options)(genes, values, mask, labels)["mlm_output"].isfinite().all()
+
+
+def test_a_subclass_can_replace_how_padded_cells_are_encoded():
+    class Louder(TransformerModel):
+        def _encode(self, *args, **kwargs):
+            return 2 * super()._encode(*args, **kwargs)
+
+    plain, louder = build(), build(Louder)
+    batch = padded(cells([3, 2]))
+    torch.testing.assert_close(louder(*batch)["cell_emb"], 2 * plain(*batch)["cell_emb"])
+    assert_same(louder(*batch, MVC=True), louder(*batch, batch_labels=None, MVC=True))
+
+
+def test_parts_of_the_forward_give_what_the_forward_gives():
+    model, (genes, values, mask) = build(cell_emb_style="w-pool", pad_value=0), padded(cells([3, 2]))
+    want = model(genes, values, mask, MVC=True)
+    hidden = model._encode(genes, values, mask)
+    cell_emb = model._get_cell_emb_from_layer(hidden, values)
+    assert_same({"mlm_output": model.decoder(hidden)["pred"], "cell_emb": cell_emb,
+                 "mvc_output": model.mvc_decoder(cell_emb, model.cur_gene_token_embs)["pred"]}, want)
+
+
+def test_a_model_that_is_training_can_be_copied_and_pickled():
+    model, batch = build(), padded(cells([3, 2]))
+    want = model(*batch)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same(again(*batch), want)
+
+
+def test_generation_takes_one_embedding_for_all_cells_and_ignores_labels_it_has_no_use_for():
+    model, (genes, values, mask) = build(), padded(cells([3, 2]))
+    one = torch.randn(16, dtype=torch.float64)
+    want = model.generate(one.repeat(2, 1), genes, values, mask)
+    assert torch.equal(model.generate(one, genes, values, mask), want)
+    with pytest.warns(UserWarning, match="not used"):
+        assert torch.equal(model.generate(one[None], genes, values, mask, batch_labels=torch.tensor([0, 1])), want)
 
 
 def test_encode_batch_of_no_cells_is_empty():

@@ -46,6 +46,7 @@ class SourcePlan:
     n_cells: int
     n_values: int             # stored values; an estimate for CSC, an upper bound for dense
     bytes_per_value: int
+    chunk_bytes: int          # of its storage chunks, each read as a whole
     by_columns: bool          # CSC: cut into row blocks before they are read
     genes: GeneMap
     obs: ObsReader
@@ -100,7 +101,8 @@ class Plan:
     @property
     def worker_bytes(self) -> int:
         """What a worker holds at most: a block with its tokens, or a shard being merged, beside 400 MB of libraries."""
-        block = max(block.values * (2 * self.sources[block.source].bytes_per_value + 24) for block in self.blocks)
+        block = max(block.values * (2 * self.sources[block.source].bytes_per_value + 24)
+                    + 2 * self.sources[block.source].chunk_bytes for block in self.blocks)
         return 400 * 10**6 + max(block, 3 * self.config.shards.max_bytes)
 
 
@@ -174,7 +176,7 @@ def _plan_source(source: Source, known: Fingerprint, source_config: SourceConfig
     return SourcePlan(source.path, source.name, source.kind, source_config, known.bytes, known.state,
                       known.edges_sha256, source.layer, source.n_cells,
                       int(source.value_offsets(source.n_cells, source.n_cells)[0]), source.bytes_per_value(),
-                      source.by_columns, genes, obs)
+                      source.chunk_bytes, source.by_columns, genes, obs)
 
 
 def _split_totals(source: Source, planned: SourcePlan, config: CorpusConfig) -> NDArray[np.float64]:

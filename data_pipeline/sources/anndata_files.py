@@ -1,13 +1,12 @@
-"""AnnData files: `.h5ad` read straight through h5py by row blocks, never as a whole.
+"""AnnData on disk, HDF5 or Zarr: read straight through h5py or zarr by row blocks, never as a whole.
 
 CSR rows are two contiguous slices. Dense rows are a slice whose zeros are dropped. CSC keeps the values of a row all
 over the file: they are cut into row blocks once (rechunk.py), or, for one block, gathered in one scan of the matrix.
 """
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -16,79 +15,83 @@ from typing_extensions import override
 
 from data_pipeline.sources import elements
 from data_pipeline.sources.base import AUTO, INDEX, PROBE_VALUES, RAW, Source, X, are_counts
+from data_pipeline.sources.elements import Element
 from data_pipeline.sources.location import Location
 from data_pipeline.sources.rechunk import Entries, cut_by_rows, read_block, to_csr
-from scgpt.errors import ConfigError, SourceError
+from scgpt.errors import ConfigError, ScgptError, SourceError
 
 SCAN_VALUES = 1 << 22   # stored values of a CSC matrix in memory at once while a block is gathered
-_RESTORE = "restore or replace the file, or take it out of `sources`"
-# what h5py raises, by the depth at which a damaged file is noticed
-_H5_ERRORS = (OSError, LookupError, ValueError, TypeError, RuntimeError, AttributeError, ArithmeticError, MemoryError)
+MAX_CHUNK_BYTES = 1 << 30   # of a decoded chunk of a matrix: a worker holds it whole, however few rows it wants
+RESTORE = "restore or replace the file, or take it out of `sources`"
 
 
 class AnnDataFile(Source):
-    """An h5ad file with one of its matrices (X, raw/X or a layer) in use."""
+    """An open AnnData file or store with one of its matrices (X, raw/X or a layer) in use."""
 
-    def __init__(self, file: h5py.File, path: Location, name: str, layer: str) -> None:
-        self.file, self.path, self.name, self.layer = file, path, name, layer
+    container = "a file"      # in words, for errors
+    _data: Element            # the stored values; of a dense matrix: itself
+    _indices: Element         # None for a dense matrix
+    _indptr: Element
+
+    def __init__(self, root: Element, path: Location, name: str, layer: str, close: Callable[[], None]) -> None:
+        self.root, self.path, self.name, self.layer, self._close = root, path, name, layer, close
         self._row_blocks: Path | None = None
         with self._reading("header"):
             if layer == RAW:
-                key = "raw.X" if "raw.X" in file else "raw/X"
-                self._var = file["raw.var" if "raw.X" in file else "raw/var"]
+                key = "raw.X" if "raw.X" in root else "raw/X"
+                self._var = root["raw.var" if "raw.X" in root else "raw/var"]
             else:
                 key = X if layer == X else f"layers/{layer}"
-                self._var = file["var"]
-            self._obs = file["obs"]
-            self.matrix = file[key]
-            self.format = elements.sparse_format(self.matrix)
-            self.n_cells, self.n_genes = elements.matrix_shape(self.matrix)
+                self._var = root["var"]
+            self._obs = root["obs"]
+            matrix = root[key]
+            self.format = elements.sparse_format(matrix)
+            self.n_cells, self.n_genes = elements.matrix_shape(matrix)
+            dense = self.format == "dense"
+            self._data, self._indices, self._indptr = (
+                (matrix, None, None) if dense else (matrix["data"], matrix["indices"], matrix["indptr"]))
             self._check_shape()
+        self._check_chunks()
 
     @classmethod
-    def open(cls, path: Location, *, name: str, layer: str = AUTO) -> "AnnDataFile":
-        """Open a file and choose its matrix; see `open_source`."""
-        import hdf5plugin  # noqa: F401  registers the filters (zstd, blosc, ...) that files may use
-
+    def of_root(cls, root: Element, location: Location, *, name: str, layer: str,
+                close: Callable[[], None]) -> "AnnDataFile":
+        """The source in an open file or store, one of its matrices chosen (see `open_source`); closes it on errors."""
         try:
-            file = h5py.File(path.path, "r")
-        except OSError as error:
-            what = f"a damaged HDF5 file: {_cause(error)}" if h5py.is_hdf5(path.path) else "not an HDF5 file"
-            raise SourceError(what, where=str(path), fix=f"give an .h5ad file; {_RESTORE}") from error
-        try:
-            with _reading(path, "header"):
-                return cls._choose(file, path, name, layer)
+            with _reading(location, "header"):
+                return cls._choose(root, location, name, layer, close)
         except BaseException:
-            file.close()
+            close()
             raise
 
     @classmethod
-    def _choose(cls, file: h5py.File, path: Location, name: str, layer: str) -> "AnnDataFile":
-        if not {"obs", "var"} <= set(file) or not (X in file or "layers" in file):
-            raise SourceError(f"HDF5, but not AnnData: it holds {', '.join(sorted(file)[:8]) or 'nothing'}",
+    def _choose(cls, root: Element, path: Location, name: str, layer: str,
+                close: Callable[[], None]) -> "AnnDataFile":
+        if "obs" not in root or "var" not in root or not (X in root or "layers" in root):
+            raise SourceError(f"{cls.container}, but not AnnData: it holds {', '.join(sorted(root)[:8]) or 'nothing'}",
                               where=str(path), fix="give a file that anndata has written (X, obs, var)")
-        present = _matrices(file)
+        present = _matrices(root)
         if layer != AUTO and layer not in present:
             raise ConfigError(f"there is no layer '{layer}'", where=str(path),
                               fix=f"choose one of: {', '.join(present)}")
         if layer != AUTO:
-            return cls(file, path, name, layer)
+            return cls(root, path, name, layer, close)
         if not present:
             raise SourceError("it holds no matrix: no X, raw or layer", where=str(path),
                               fix="give a file with the expression matrix in X")
         if not {X, RAW} & set(present):
             raise ConfigError("there is neither X nor raw", where=str(path),
                               fix=f"choose layer: {' or '.join(present)}")
-        candidates = [cls(file, path, name, key) for key in (X, RAW) if key in present]
+        candidates = [cls(root, path, name, key, close) for key in (X, RAW) if key in present]
         return next((source for source in candidates if are_counts(source.probe())), candidates[0])
 
     @override
     def close(self) -> None:
-        self.file.close()
+        self._close()
 
     @override
     def other_matrices(self) -> list[str]:
-        return [key for key in _matrices(self.file) if key != self.layer]
+        return [key for key in _matrices(self.root) if key != self.layer]
 
     @override
     def gene_columns(self) -> list[str]:
@@ -125,18 +128,22 @@ class AnnDataFile(Source):
     @override
     def value_offsets(self, first: int, last: int) -> NDArray[np.int64]:
         if self.format == "csr":
-            return self._indptr(first, last)
+            return self._offsets(first, last)
         rows = np.arange(first, last + 1, dtype=np.int64)
         if self.format == "dense":
             return rows * self.n_genes
-        n_values = int(self.matrix["data"].shape[0])
-        return (rows * n_values) // max(self.n_cells, 1)
+        return (rows * int(self._data.shape[0])) // max(self.n_cells, 1)
 
     @override
     def bytes_per_value(self) -> int:
         if self.format == "dense":
-            return int(self.matrix.dtype.itemsize) + 8
-        return int(self.matrix["data"].dtype.itemsize + self.matrix["indices"].dtype.itemsize)
+            return int(self._data.dtype.itemsize) + 8
+        return int(self._data.dtype.itemsize + self._indices.dtype.itemsize)
+
+    @property
+    @override
+    def chunk_bytes(self) -> int:
+        return sum(elements.chunk_bytes(array) for array in (self._data, self._indices) if array is not None)
 
     @override
     def stored_share(self) -> float:
@@ -152,8 +159,7 @@ class AnnDataFile(Source):
                 return self._csr_rows(first, last)
             if self.format == "csc":
                 return self._csc_rows(first, last)
-            rows = self.matrix[first:last]
-            return csr_array(rows)
+            return csr_array(self._data[first:last])
 
     @property
     @override
@@ -169,52 +175,77 @@ class AnnDataFile(Source):
     def use_row_blocks(self, folder: Path) -> None:
         self._row_blocks = folder
 
-    def _indptr(self, first: int, last: int) -> NDArray[np.int64]:
-        where = f"{self.layer}, rows {first} to {last}"
-        with self._reading(where):
-            offsets: NDArray[np.int64] = self.matrix["indptr"][first:last + 1].astype(np.int64)
-            stored = int(self.matrix["data"].shape[0])
+    def _offsets(self, first: int, last: int) -> NDArray[np.int64]:
+        with self._reading(f"{self.layer}, rows {first} to {last}"):
+            offsets: NDArray[np.int64] = self._indptr[first:last + 1].astype(np.int64)
+            stored = int(self._data.shape[0])
             ascending = len(offsets) == last - first + 1 and not (np.diff(offsets) < 0).any()
             if not ascending or offsets[0] < 0 or offsets[-1] > stored:
                 raise ValueError(f"row boundaries that do not fit the {stored} stored values")
         return offsets
 
     def _csr_rows(self, first: int, last: int) -> csr_array:
-        offsets = self._indptr(first, last)
-        data = self.matrix["data"][offsets[0]:offsets[-1]]
-        columns = self.matrix["indices"][offsets[0]:offsets[-1]]
+        offsets = self._offsets(first, last)
+        data = self._data[offsets[0]:offsets[-1]]
+        columns = self._indices[offsets[0]:offsets[-1]]
         self._check_indices(columns, self.n_genes, "column")
+        self._check_written(data, columns, offsets - offsets[0])
         return csr_array((data, columns, offsets - offsets[0]), shape=(last - first, self.n_genes))
 
     def _csc_rows(self, first: int, last: int) -> csr_array:
         if self._row_blocks is not None:
-            return read_block(self._row_blocks, first, last, self.n_genes, self.matrix["data"].dtype)
+            return read_block(self._row_blocks, first, last, self.n_genes, self._data.dtype)
         parts = []
         for rows, columns, values in self._slabs():
             inside = np.flatnonzero((rows >= first) & (rows < last))
             parts.append((rows[inside] - first, columns[inside], values[inside]))
         if not parts:
-            return csr_array((last - first, self.n_genes), dtype=self.matrix["data"].dtype)
+            return csr_array((last - first, self.n_genes), dtype=self._data.dtype)
         rows, columns, values = (np.concatenate([part[i] for part in parts]) for i in range(3))
         return to_csr((rows, columns, values), (last - first, self.n_genes))
 
     def _slabs(self) -> Iterator[Entries]:
         """All entries of a CSC matrix in pieces of SCAN_VALUES, by column."""
-        offsets = self.matrix["indptr"][:].astype(np.int64)
-        stored = int(self.matrix["data"].shape[0])
+        offsets = self._indptr[:].astype(np.int64)
+        stored = int(self._data.shape[0])
         if (np.diff(offsets) < 0).any() or offsets[0] != 0 or offsets[-1] != stored:
             raise ValueError(f"column boundaries that do not fit the {stored} stored values")
         for start in range(0, stored, SCAN_VALUES):
             stop = min(start + SCAN_VALUES, stored)
-            rows = self.matrix["indices"][start:stop]
+            rows, data = self._indices[start:stop], self._data[start:stop]
             self._check_indices(rows, self.n_cells, "row")
             columns = np.searchsorted(offsets, np.arange(start, stop), side="right") - 1
-            yield rows, columns, self.matrix["data"][start:stop]
+            self._check_written(data, rows, np.clip(offsets - start, 0, stop - start))
+            yield rows, columns, data
 
     @staticmethod
     def _check_indices(indices: NDArray[np.integer], size: int, what: str) -> None:
         if len(indices) and (indices.min() < 0 or indices.max() >= size):
             raise ValueError(f"a {what} index outside the {size} {what}s")
+
+    def _check_written(self, data: NDArray[np.generic], indices: NDArray[np.integer],
+                       offsets: NDArray[np.int64]) -> None:
+        """Raise ValueError where entries look like chunks that nobody has written, and some are missing.
+
+        Those read as zeros. A stored 0, two entries of a row in column 0, a row longer than there are columns may be in
+        a whole file too: only then the chunks are counted. `offsets`: of the rows (CSC: columns) within the entries.
+        """
+        if len(data) and not data.all() and (missing := elements.missing_chunks(self._data)):
+            raise ValueError(f"{missing} chunks of its values are missing")
+        of_zeros = np.searchsorted(offsets, np.flatnonzero(indices == 0), side="right")
+        if (of_zeros[1:] == of_zeros[:-1]).any() and (missing := elements.missing_chunks(self._indices)):
+            raise ValueError(f"{missing} chunks of its indices are missing")
+        longest = np.diff(offsets).max(initial=0)
+        if longest > (self.n_genes if self.format == "csr" else self.n_cells) and (
+                missing := elements.missing_chunks(self._indptr)):
+            raise ValueError(f"{missing} chunks of its row boundaries are missing")
+
+    def _check_chunks(self) -> None:
+        arrays = (self._data, self._indices, self._indptr)
+        largest = max(elements.chunk_bytes(array) for array in arrays if array is not None)
+        if largest > MAX_CHUNK_BYTES:
+            raise SourceError(f"its matrix is stored in chunks of {largest / 2**30:.1f} GiB, each read as a whole",
+                              where=f"{self.path}, {self.layer}", fix="write it again with chunks of some MiB")
 
     def _check_shape(self) -> None:
         n_obs, n_var = elements.n_rows(self._obs), elements.n_rows(self._var)
@@ -222,13 +253,14 @@ class AnnDataFile(Source):
             raise ValueError(f"a matrix of {self.n_cells} x {self.n_genes} with {n_obs} rows in obs and {n_var} in var")
         if self.format == "dense":
             return
-        lengths = {key: int(self.matrix[key].shape[0]) for key in ("data", "indices", "indptr")}
+        lengths = {key: int(array.shape[0]) for key, array in
+                   (("data", self._data), ("indices", self._indices), ("indptr", self._indptr))}
         major = self.n_cells if self.format == "csr" else self.n_genes
         if lengths["data"] != lengths["indices"] or lengths["indptr"] != major + 1:
             raise ValueError(f"a sparse matrix of {major} rows with {lengths['data']} values, {lengths['indices']} "
                              f"indices and {lengths['indptr']} boundaries")
-        if major and int(self.matrix["indptr"][-1]) != lengths["data"]:
-            raise ValueError(f"{lengths['data']} values where the boundaries say {int(self.matrix['indptr'][-1])}")
+        if major and (end := int(self._indptr[-1])) != lengths["data"]:
+            raise ValueError(f"{lengths['data']} values where the boundaries say {end}")
 
     def _reading(self, what: str) -> contextlib.AbstractContextManager[None]:
         return _reading(self.path, what)
@@ -236,19 +268,16 @@ class AnnDataFile(Source):
 
 @contextlib.contextmanager
 def _reading(path: Location, what: str) -> Iterator[None]:
-    """Turn what h5py raises about a damaged or odd file into one sentence with the place."""
+    """Turn what h5py, zarr, a codec or a network raises about a damaged file into one sentence with the place."""
     try:
         yield
-    except _H5_ERRORS as error:
-        raise SourceError(f"cannot be read: {_cause(error)}", where=f"{path}, {what}", fix=_RESTORE) from error
+    except ScgptError:
+        raise
+    except Exception as error:
+        raise SourceError(f"cannot be read: {path.cause(error)}", where=f"{path}, {what}", fix=RESTORE) from error
 
 
-def _matrices(file: h5py.File) -> list[str]:
-    raw = [RAW] if "raw.X" in file or "raw/X" in file else []
-    layers = sorted(file["layers"]) if isinstance(file.get("layers"), h5py.Group) else []
-    return [*([X] if X in file else []), *raw, *layers]
-
-
-def _cause(error: BaseException) -> str:
-    text = " ".join(str(error).split()).strip("'\"")
-    return text[:200] or type(error).__name__
+def _matrices(root: Element) -> list[str]:
+    raw = [RAW] if "raw.X" in root or "raw/X" in root else []
+    layers = root.get("layers")
+    return [*([X] if X in root else []), *raw, *(sorted(layers) if layers is not None else [])]

@@ -76,6 +76,11 @@ class Source(ABC):
         """The matrices that are not in use: X, raw, names of layers."""
 
     @property
+    def chunk_bytes(self) -> int:
+        """Bytes that a read holds beside the rows asked for: the source's chunks are decoded whole."""
+        return 0
+
+    @property
     def by_columns(self) -> bool:
         """Whether a row is stored all over the file, so that row blocks should be cut out once for all."""
         return False

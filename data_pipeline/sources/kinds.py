@@ -25,7 +25,8 @@ class Kind:
 
 # In the order in which `auto` tries them.
 KINDS: Mapping[str, Kind] = {
-    "h5ad": Kind("anndata_files:AnnDataFile", (".h5ad",)),
+    "h5ad": Kind("h5ad:H5ad", (".h5ad",)),
+    "zarr": Kind("anndata_zarr:AnnDataZarr", (".zarr", ".zarr.zip"), ("zarr.json", ".zgroup")),
 }
 
 

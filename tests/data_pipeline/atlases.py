@@ -1,4 +1,6 @@
 """Small atlases for the tests of the pipeline, and a build of theirs without Ray."""
+import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
+import zarr
 from scipy import sparse
 
 from data_pipeline.build_dir import Record, claim
@@ -35,16 +38,47 @@ def random_counts(seed: int, n_cells: int, n_genes: int, density: float = 0.2) -
                          lambda size: draw.integers(1, 40, size).astype(np.float32))
 
 
-def write_h5ad(path: Path, matrix: Any, genes: Sequence[str] | None = None, *, obs: dict[str, Any] | None = None,
-               var: dict[str, Any] | None = None, raw: Any = None, layers: dict[str, Any] | None = None) -> Path:
-    """An h5ad file as anndata writes it; genes: of the vocabulary, from every part of it, where none are given."""
+def atlas_of(matrix: Any, genes: Sequence[str] | None = None, *, obs: dict[str, Any] | None = None,
+             var: dict[str, Any] | None = None, raw: Any = None,
+             layers: dict[str, Any] | None = None) -> anndata.AnnData:
+    """An atlas in memory; genes: of the vocabulary, from every part of it, where none are given."""
     n_cells, n_genes = matrix.shape
     names = list(genes) if genes is not None else GENES[::len(GENES) // n_genes][:n_genes][::-1]
     atlas = anndata.AnnData(matrix, obs=pd.DataFrame(obs or {}, index=[f"cell{i}" for i in range(n_cells)]),
                             var=pd.DataFrame(var or {}, index=pd.Index(names)), layers=layers or {})
     if raw is not None:
         atlas.raw = anndata.AnnData(raw, obs=atlas.obs, var=atlas.var)
-    atlas.write_h5ad(path, compression="gzip")
+    return atlas
+
+
+def write_h5ad(path: Path, matrix: Any, genes: Sequence[str] | None = None, **parts: Any) -> Path:
+    """An h5ad file as anndata writes it; see atlas_of."""
+    atlas_of(matrix, genes, **parts).write_h5ad(path, compression="gzip")
+    return path
+
+
+def write_zarr(path: Path, matrix: Any, genes: Sequence[str] | None = None, *, version: int = 3,
+               chunk: int | None = None, shard: int | None = None, **parts: Any) -> Path:
+    """A Zarr store as anndata writes it; chunk, shard: values of the 1-D arrays of X, else as anndata chooses."""
+    with anndata.settings.override(zarr_write_format=version), warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # of text types that version 3 does not settle yet
+        atlas_of(matrix, genes, **parts).write_zarr(path)
+    if chunk is not None:
+        group = zarr.open_group(path, mode="r+", use_consolidated=False)["X"]
+        for name in ("data", "indices", "indptr"):
+            values = group[name][:]
+            del group[name]
+            group.create_array(name, data=values, chunks=(chunk,), shards=None if shard is None else (shard,))
+    return path
+
+
+def zip_folder(folder: Path, *, within: str = "") -> Path:
+    """The folder as `FOLDER.zip`, its files below `within` in it."""
+    path = folder.with_name(f"{folder.name}.zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, within + file.relative_to(folder).as_posix())
     return path
 
 

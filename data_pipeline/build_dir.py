@@ -9,7 +9,7 @@
 A record is written after the files it names. It counts when it carries the hash of the plan and its files are whole.
 """
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +60,12 @@ class BuildDir:
         result: Record = record["result"]
         return result
 
-    def write_record(self, task: str, result: Record, made: list[Path]) -> Record:
-        """Say that a task is done, and which files below DIR/.build it made (they are hashed here)."""
+    def write_record(self, task: str, result: Record, made: Sequence[Path], *,
+                     sha256: Mapping[Path, str] | None = None) -> Record:
+        """Say that a task is done, and which files below DIR/.build it made; hashed here, unless `sha256` has it."""
+        known = sha256 or {}
         entries = [{"file": path.relative_to(self.path).as_posix(), "bytes": path.stat().st_size,
-                    "sha256": files.sha256(path)} for path in made]
+                    "sha256": known.get(path) or files.sha256(path)} for path in made]
         files.write_json(self.path / "records" / f"{task}.json",
                          {"plan": self.plan_sha256, "files": entries, "result": result})
         return result

@@ -18,7 +18,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from scgpt import rng
-from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, SOURCE, SOURCE_ROW, RaggedBatch, offsets_of
+from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, SOURCE, SOURCE_ROW, RaggedBatch, expression_dtype, offsets_of
 from scgpt.errors import DataError
 
 KEY = "key"   # uint64: the place of a cell in the global order
@@ -69,7 +69,8 @@ def write_run(path: Path, cells: RaggedBatch, metadata: Mapping[str, pa.Array], 
     """
     chosen = np.flatnonzero(kept)
     order = chosen[np.lexsort((cells.columns[KEY][chosen], buckets[chosen], splits[chosen]))]
-    cells, splits, buckets = _ordered([cells], order, cells.expressions.dtype), splits[order], buckets[order]
+    narrow = expression_dtype(integer=cells.expressions.dtype.kind == "u", largest=cells.expressions.max(initial=0))
+    cells, splits, buckets = _ordered([cells], order, narrow), splits[order], buckets[order]
     moved = {name: column.take(pa.array(order)) for name, column in metadata.items()}
     edges = np.flatnonzero((np.diff(splits) != 0) | (np.diff(buckets) != 0)) + 1
     bounds = [0, *edges.tolist(), len(cells)] if len(cells) else [0]
@@ -157,8 +158,6 @@ def _ordered(parts: Sequence[RaggedBatch], order: NDArray[np.int64],
 def _scatter(values, offsets, places, out):  # type: ignore[no-untyped-def]
     """Copy the values of each cell to its place in `out`; a place below 0 leaves the cell out."""
     for cell in range(len(places)):
-        place = places[cell]
+        place, first, last = places[cell], offsets[cell], offsets[cell + 1]
         if place >= 0:
-            for value in range(offsets[cell], offsets[cell + 1]):
-                out[place] = values[value]
-                place += 1
+            out[place:place + last - first] = values[first:last]

@@ -18,6 +18,8 @@ from scgpt.errors import SourceError
 VALUES_IN, SUM_IN = "values_in", "sum_in"              # non-zero values and their sum
 SUM_MITO, SUM_UNMAPPED = "sum_mito", "sum_unmapped"    # sums over mitochondrial genes and over genes without a token
 
+_DONE, _TOO_WIDE = -1, -2   # what the loop says where no value is at fault
+_WIDE = 2.0**32             # the first integer that uint32 does not hold
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)   # each 6-bit window occurs once: finds the place of a lone bit
 _PLACES = np.zeros(64, np.int64)
 for _place in range(64):
@@ -42,26 +44,32 @@ def tokenize_block(source: Source, gene_map: GeneMap, first: int, last: int, *, 
     indptr, columns = rows.indptr.astype(np.int64), rows.indices.astype(np.int32, copy=False)
     n_cells = last - first
     genes = np.empty(len(data), gene_dtype(gene_map.n_tokens))
-    expressions = np.empty(len(data), np.float64)
     lengths, values_in = np.empty(n_cells, np.int64), np.empty(n_cells, np.int64)
     sums = np.empty((n_cells, 3))
-    fault = _tokenize(data, columns, indptr, gene_map.tokens, gene_map.mitochondrial, gene_map.n_tokens, counts,
-                      genes, expressions, lengths, values_in, sums)
-    if fault >= 0:
-        raise _bad_value(source, first, indptr, data, int(fault), counts=counts)
+    for kind in (np.uint32, np.float32):
+        expressions = np.empty(len(data), kind)
+        fault = _tokenize(data, columns, indptr, gene_map.tokens, gene_map.mitochondrial, gene_map.n_tokens, counts,
+                          kind is np.uint32, genes, expressions, lengths, values_in, sums)
+        if fault >= 0:
+            raise _bad_value(source, first, indptr, data, int(fault), counts=counts)
+        if fault == _DONE:
+            break
     offsets = offsets_of(lengths)
     genes, expressions = genes[:offsets[-1]], expressions[:offsets[-1]]
-    integer = (counts or are_counts(expressions)) and expressions.max(initial=0.0) < 1 << 32
     source_rows = np.arange(first, last, dtype=np.int64)
-    return RaggedBatch(genes, expressions.astype(np.uint32 if integer else np.float32), offsets, {
+    return RaggedBatch(genes, expressions, offsets, {
         CELL_ID: cell_ids(source.name, source_rows), SOURCE_ROW: source_rows, VALUES_IN: values_in,
         SUM_IN: sums[:, 0], SUM_MITO: sums[:, 1], SUM_UNMAPPED: sums[:, 2]})
 
 
 @njit(cache=True, nogil=True)
-def _tokenize(data, columns, indptr, tokens, mitochondrial, n_tokens, counts,  # type: ignore[no-untyped-def]
+def _tokenize(data, columns, indptr, tokens, mitochondrial, n_tokens, counts, fit,  # type: ignore[no-untyped-def]
               genes, expressions, lengths, values_in, sums):
-    """Fill the outputs cell by cell; returns the place of the first value that is not allowed, or -1."""
+    """Fill the outputs cell by cell.
+
+    Returns the place of the first value that is not allowed, or _DONE; with `fit`, _TOO_WIDE at the first that
+    `expressions`, then of uint32, cannot hold.
+    """
     held = np.zeros(n_tokens, np.float64)
     present = np.zeros((n_tokens + 63) // 64, np.uint64)
     one = np.uint64(1)
@@ -92,13 +100,16 @@ def _tokenize(data, columns, indptr, tokens, mitochondrial, n_tokens, counts,  #
             while bits:
                 lone = bits & (~bits + one)
                 token = word * 64 + _PLACES[(lone * _DE_BRUIJN) >> np.uint64(58)]
-                genes[end], expressions[end] = token, held[token]
+                value = held[token]
+                if fit and not (value < _WIDE and value == np.floor(value)):
+                    return _TOO_WIDE
+                genes[end], expressions[end] = token, value
                 held[token] = 0.0
                 end += 1
                 bits ^= lone
         lengths[cell], values_in[cell] = end - start, n_values
         sums[cell, 0], sums[cell, 1], sums[cell, 2] = total, mito, unmapped
-    return -1
+    return _DONE
 
 
 def _bad_value(source: Source, first: int, indptr: NDArray[np.int64], data: NDArray[np.generic], place: int, *,

@@ -16,6 +16,7 @@ from typing_extensions import override
 from data_pipeline.sources import elements
 from data_pipeline.sources.base import AUTO, INDEX, PROBE_VALUES, RAW, Source, X, are_counts
 from data_pipeline.sources.elements import Element
+from data_pipeline.sources.hdf5_chunks import read_values
 from data_pipeline.sources.location import Location
 from data_pipeline.sources.rechunk import Entries, cut_by_rows, read_block, to_csr
 from scgpt.errors import ConfigError, ScgptError, SourceError
@@ -186,8 +187,9 @@ class AnnDataFile(Source):
 
     def _csr_rows(self, first: int, last: int) -> csr_array:
         offsets = self._offsets(first, last)
-        data = self._data[offsets[0]:offsets[-1]]
-        columns = self._indices[offsets[0]:offsets[-1]]
+        first_value, last_value = int(offsets[0]), int(offsets[-1])
+        data = read_values(self._data, first_value, last_value)
+        columns = read_values(self._indices, first_value, last_value)
         self._check_indices(columns, self.n_genes, "column")
         self._check_written(data, columns, offsets - offsets[0])
         return csr_array((data, columns, offsets - offsets[0]), shape=(last - first, self.n_genes))
@@ -212,7 +214,7 @@ class AnnDataFile(Source):
             raise ValueError(f"column boundaries that do not fit the {stored} stored values")
         for start in range(0, stored, SCAN_VALUES):
             stop = min(start + SCAN_VALUES, stored)
-            rows, data = self._indices[start:stop], self._data[start:stop]
+            rows, data = read_values(self._indices, start, stop), read_values(self._data, start, stop)
             self._check_indices(rows, self.n_cells, "row")
             columns = np.searchsorted(offsets, np.arange(start, stop), side="right") - 1
             self._check_written(data, rows, np.clip(offsets - start, 0, stop - start))

@@ -119,6 +119,23 @@ def test_large_counts_keep_every_digit(tmp_path: Path) -> None:
     assert cells.expressions.tolist() == [2**31, 1, 7, 2**24 + 1]
 
 
+@pytest.mark.parametrize(("last", "kind"), [(2.0**32 - 1, np.uint32), (2.0**32, np.float32)])
+def test_one_value_too_wide_for_an_integer_widens_the_block(tmp_path: Path, last: float, kind: type) -> None:
+    matrix = sparse.csr_matrix(np.array([[3.0, 1, 0], [0, 7, last]]))
+    with open_source(write_h5ad(tmp_path / "a.h5ad", matrix, GENES[:3])) as source:
+        cells = tokenize_block(source, map_source(source, VOCAB), 0, 2)
+    assert cells.expressions.dtype == kind
+    assert cells.expressions.tolist() == [3, 1, 7, last]
+    assert cells.columns[SUM_IN].tolist() == [4, 7 + last]
+
+
+def test_halves_of_one_gene_that_add_up_are_an_integer(tmp_path: Path) -> None:
+    halves = np.array([[0, 0, 0.5, 0, 0.5, 2, 0, 0]])   # two columns of CD3D
+    with open_source(write_h5ad(tmp_path / "a.h5ad", sparse.csr_matrix(halves), NAMES)) as source:
+        cells = tokenize_block(source, match_genes(NAMES, VOCAB), 0, 1, counts=False)
+    assert (cells.expressions.dtype, sorted(cells.expressions.tolist())) == (np.uint32, [1, 2])
+
+
 def test_every_lone_bit_is_found_at_its_place() -> None:
     places = [tokenization._PLACES[((1 << place) * int(tokenization._DE_BRUIJN) & (2**64 - 1)) >> 58]
               for place in range(64)]

@@ -1,0 +1,73 @@
+"""Values of a gzip-compressed HDF5 array, inflated twice as fast as the HDF5 library does it.
+
+zlib is the largest part of the work on an h5ad file. Here the chunks are taken from the file as they are stored, and
+inflated by ISA-L (rejected: libdeflate, a fifth faster still, for its less tended binding). Arrays with any other
+filter, chunks that are missing or damaged: h5py reads them, and says what is wrong with them.
+"""
+from contextlib import suppress
+from typing import Any
+
+import h5py
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from data_pipeline.sources.elements import Element
+
+_INFLATED = ([h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE])
+
+
+def read_values(array: Element, first: int, last: int) -> NDArray[Any]:
+    """`array[first:last]` of an array of one dimension, (last - first,), in its own type. Raises what h5py raises."""
+    filters = _filters(array) if isinstance(array, h5py.Dataset) else []
+    if filters in _INFLATED and array.dtype.kind in "iuf" and array.dtype.isnative:
+        with suppress(OSError, ValueError, RuntimeError):   # a chunk that is missing, or damaged
+            return _inflate(array, first, last, shuffled=len(filters) == 2)
+    values: NDArray[Any] = array[first:last]
+    return values
+
+
+def _filters(array: h5py.Dataset) -> list[int]:
+    if array.chunks is None or array.ndim != 1:
+        return []
+    properties = array.id.get_create_plist()
+    return [properties.get_filter(place)[0] for place in range(properties.get_nfilters())]
+
+
+def _inflate(array: h5py.Dataset, first: int, last: int, *, shuffled: bool) -> NDArray[Any]:
+    from isal import igzip_lib
+
+    last = min(last, array.shape[0])
+    values = np.empty(max(last - first, 0), array.dtype)
+    size, width = array.chunks[0], array.dtype.itemsize
+    for start in range(first // size * size, last, size):
+        skipped, packed = array.id.read_direct_chunk((start,))
+        try:
+            content = igzip_lib.decompress(packed, flag=igzip_lib.DECOMP_ZLIB, bufsize=size * width)
+        except igzip_lib.IsalError as error:   # type: ignore[misc]  # a class, whatever its stub says
+            raise ValueError("a damaged chunk") from error
+        if skipped or len(content) != size * width:
+            raise ValueError("a chunk that is stored in another way")
+        chunk = _unshuffle(content, array.dtype) if shuffled else np.frombuffer(content, array.dtype)
+        begin, end = max(first - start, 0), min(last - start, size)
+        values[start + begin - first:start + end - first] = chunk[begin:end]
+    return values
+
+
+def _unshuffle(content: bytes, dtype: np.dtype[np.generic]) -> NDArray[Any]:
+    """Undo HDF5's shuffle filter: first bytes of all values, then all second bytes, ..."""
+    planes = np.frombuffer(content, np.uint8).reshape(dtype.itemsize, -1)
+    if dtype.itemsize == 4:
+        words: NDArray[np.uint32] = _join_four(planes[0], planes[1], planes[2], planes[3])
+        return words.view(dtype)
+    return np.ascontiguousarray(planes.T).view(dtype)[:, 0]
+
+
+@njit(cache=True, nogil=True)
+def _join_four(a, b, c, d):  # type: ignore[no-untyped-def]
+    """Bytes, lowest first, to words, (values,): what NumPy's transpose does, ten times faster."""
+    words = np.empty(len(a), np.uint32)
+    for i in range(len(a)):
+        words[i] = (np.uint32(a[i]) | np.uint32(b[i]) << np.uint32(8) | np.uint32(c[i]) << np.uint32(16)
+                    | np.uint32(d[i]) << np.uint32(24))
+    return words

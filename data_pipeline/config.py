@@ -97,7 +97,7 @@ class CorpusConfig(Config):
     """A corpus: sources, metadata columns, genes, cells, splits, shards."""
 
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
-    vocab: Literal["scgpt-human"] | ConfigPath = "scgpt-human"   # the published vocabulary, or the path of a vocab.json
+    vocab: Literal["scgpt-human", "gencode-mouse"] | ConfigPath = "scgpt-human"   # a name, or the path of a vocab.json
     columns: tuple[str, ...] = ("dataset", "donor", "tissue", "cell_type", "assay")   # metadata kept where there is any
     genes: GenesConfig = GenesConfig()
     cells: CellsConfig = CellsConfig()

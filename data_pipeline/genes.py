@@ -1,15 +1,16 @@
 """A source's genes -> token ids: symbols, Ensembl ids with or without a version, previous and later symbols.
 
-In this order: the name itself in the vocabulary; an Ensembl id through its GENCODE v48 symbol; the current symbol of
-a name that HGNC lists as previous; a previous symbol of the name, where the vocabulary is older than the data. A name
-that leads to two genes is never mapped. Columns that meet in one token are summed when cells are tokenised.
+In this order: the name itself in the vocabulary; an Ensembl id through its GENCODE v48 symbol (vM37 for mouse ids and a
+mouse vocabulary); the current symbol of a name that HGNC lists as previous; a previous symbol of the name, where the
+vocabulary is older than the data. A name that leads to two genes is never mapped. Columns that meet in one token are
+summed when cells are tokenised.
 """
 import csv
 import gzip
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files as package_files
 
 import numpy as np
@@ -22,8 +23,10 @@ from scgpt.vocab import SPECIAL_TOKENS, GeneVocab
 UNMAPPED = -1
 SYMBOL, ENSEMBL = "symbol", "ensembl"
 # an id alone, with a version, of the Y copy of a pseudoautosomal gene; or behind a symbol, as Seurat joins them
-_ENSEMBL_ID = re.compile(r"(?:(?P<symbol>.+)[_|])?(?P<id>ENS(?P<species>[A-Z]{0,6})G\d{11})(?:\.\d+)?(?:_PAR_Y)?")
+ENSEMBL_ID = re.compile(r"(?:(?P<symbol>.+)[_|])?(?P<id>ENS(?P<species>[A-Z]{0,6})G\d{11})(?:\.\d+)?(?:_PAR_Y)?")
 _MITOCHONDRIAL = "MT-"
+_MOUSE_SHARE = 0.05   # of the tokens of a vocabulary that may be asked for mouse genes
+HUMAN, MOUSE = "human", "mouse"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,8 @@ class GeneMap:
         return self.n_mapped / max(len(self.tokens), 1)
 
 
-class _Tables:
-    """GENCODE and HGNC as dictionaries; read once a process."""
+class GeneTables:
+    """GENCODE and HGNC as dictionaries."""
 
     def __init__(self) -> None:
         self.symbol_of = {row[0]: row[1] for row in _rows("gencode_v48_human.csv.gz")}
@@ -74,16 +77,37 @@ class _Tables:
         self.symbol_of |= {key: next(iter(symbols)) for key, symbols in by_id.items()
                            if len(symbols) == 1 and key not in self.symbol_of}
 
+    @cached_property
+    def mouse(self) -> dict[str, str]:
+        """GENCODE's mouse genes that have a symbol: Ensembl id -> symbol."""
+        return {row[0]: row[1] for row in _rows("gencode_vM37_mouse.csv.gz") if row[1] != row[0]}
+
+    @cached_property
+    def mouse_symbols(self) -> frozenset[str]:
+        """Symbols of mouse genes."""
+        return frozenset(self.mouse.values())
+
+    @cached_property
+    def mouse_only(self) -> frozenset[str]:
+        """Symbols of mouse genes that no human gene bears."""
+        return self.mouse_symbols - self.current
+
+    def symbols_for(self, known: Mapping[str, int]) -> dict[str, str]:
+        """Ensembl id -> symbol; mouse ids only where the vocabulary holds mouse genes: some symbols are human too."""
+        is_mouse = len(known.keys() & self.mouse_only) >= _MOUSE_SHARE * len(known)
+        return self.symbol_of | self.mouse if is_mouse else self.symbol_of
+
 
 def match_genes(names: Sequence[str], vocab: GeneVocab, *, column: str = INDEX) -> GeneMap:
     """Map gene names to the tokens of `vocab`; O(names), no draw, no order: equal names give equal maps."""
-    tables = _tables()
+    tables = gene_tables()
     known = {token: index for token, index in vocab.get_stoi().items() if token not in SPECIAL_TOKENS}
+    symbol_of = tables.symbols_for(known) if any("ENSMUSG" in name for name in names) else tables.symbol_of
     tokens = np.full(len(names), UNMAPPED, np.int32)
     mitochondrial = np.zeros(len(names), bool)
     renamed = n_ensembl = 0
     for place, name in enumerate(names):
-        symbol, is_ensembl = _symbol(name, known, tables)
+        symbol, is_ensembl = _symbol(name, known, symbol_of)
         n_ensembl += is_ensembl
         mitochondrial[place] = symbol.upper().startswith(_MITOCHONDRIAL)
         token = known.get(symbol)
@@ -116,19 +140,19 @@ def map_source(source: Source, vocab: GeneVocab, *, gene_column: str = AUTO, min
     return best
 
 
-def _symbol(name: str, known: dict[str, int], tables: _Tables) -> tuple[str, bool]:
+def _symbol(name: str, known: Mapping[str, int], symbol_of: Mapping[str, str]) -> tuple[str, bool]:
     """What a name says the gene is called, and whether it said so by an Ensembl id."""
-    match = _ENSEMBL_ID.fullmatch(name)
+    match = ENSEMBL_ID.fullmatch(name)
     if match is None:
         return name, False
     if name in known:
         return name, True
     if match["id"] in known:   # a vocabulary of Ensembl ids
         return match["id"], True
-    return tables.symbol_of.get(match["id"], match["symbol"] or match["id"]), True
+    return symbol_of.get(match["id"], match["symbol"] or match["id"]), True
 
 
-def _other_name(symbol: str, known: dict[str, int], tables: _Tables) -> str | None:
+def _other_name(symbol: str, known: dict[str, int], tables: GeneTables) -> str | None:
     """The one token that is a later or an earlier symbol of the same gene; None where there is none, or a choice.
 
     A current symbol is never read as a previous symbol of another gene, nor may the token be the current symbol of one.
@@ -152,10 +176,11 @@ def _refusal(source: Source, vocab: GeneVocab, best: GeneMap, gene_column: str, 
     found = f"{best.n_mapped} of {len(names)} genes ({best.overlap:.1%}) are in the vocabulary"
     where = f"{source.path}, gene names from '{best.column}'"
     example = f"such as {names[0]}" if names else "no genes"
-    species = _foreign_species(names)
-    if species is not None:
+    species, expected = species_of(names), species_of([*vocab])
+    if species is not None and species != expected:
         return SourceError(f"{found}: these are {species} genes, {example}", where=where,
-                           fix=f"take a human atlas, or give a {species} vocabulary (vocab: PATH)")
+                           fix=f"take {'an atlas' if expected is None else f'a {expected} atlas'}, or give a {species} "
+                               "vocabulary (vocab: PATH; scgpt vocab build makes one)")
     if gene_column != AUTO:
         others = [match_genes(source.gene_names(column), vocab, column=column) for column in source.gene_columns()]
         better = max(others, key=lambda other: other.n_mapped)
@@ -170,21 +195,24 @@ def _refusal(source: Source, vocab: GeneVocab, best: GeneMap, gene_column: str, 
                            "vocabulary, or lower genes.min_gene_overlap")
 
 
-def _foreign_species(names: Sequence[str]) -> str | None:
-    """`mouse`, or the Ensembl letters of another species, when most names are of that species and not human."""
-    letters = [match["species"] for match in map(_ENSEMBL_ID.fullmatch, names) if match]
+def species_of(names: Sequence[str]) -> str | None:
+    """HUMAN, MOUSE, or another by its Ensembl letters, when most names are of that species; else None."""
+    letters = [match["species"] for match in map(ENSEMBL_ID.fullmatch, names) if match]
     if 2 * len(letters) > len(names):
-        foreign = [species for species in letters if species]
-        if 2 * len(foreign) > len(letters):
-            most = max(set(foreign), key=foreign.count)
-            return "mouse" if most == "MUS" else f"non-human (Ensembl species {most})"
-    mouse = {row[1] for row in _rows("gencode_vM37_mouse.csv.gz")} - _tables().current
-    return "mouse" if 2 * sum(name in mouse for name in names) > len(names) else None
+        most = max(set(letters), key=lambda species: (letters.count(species), species))
+        if 2 * letters.count(most) > len(letters):
+            return {"": HUMAN, "MUS": MOUSE}.get(most, f"non-human (Ensembl species {most})")
+    tables = gene_tables()
+    for species, symbols in ((HUMAN, tables.current), (MOUSE, tables.mouse_only)):
+        if 2 * sum(name in symbols for name in names) > len(names):
+            return species
+    return None
 
 
 @cache
-def _tables() -> _Tables:
-    return _Tables()
+def gene_tables() -> GeneTables:
+    """What GENCODE and HGNC know; read once a process."""
+    return GeneTables()
 
 
 def _rows(table: str) -> list[list[str]]:

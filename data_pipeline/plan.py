@@ -115,7 +115,7 @@ def make_plan(config: CorpusConfig) -> Plan:
     vocab = config.load_vocab()
     sources: list[SourcePlan] = []
     totals = np.zeros((len(SPLITS), 2))
-    for location, source_config in _expand(config.sources):
+    for location, source_config in expand(config.sources):
         known = location.fingerprint()
         with open_source(location, name=source_config.name, kind=source_config.kind,
                          layer=source_config.layer) as source:
@@ -152,7 +152,8 @@ def _changed(source: SourcePlan) -> SourceError:
                        fix="start the build again once nothing writes to it")
 
 
-def _expand(sources: Sequence[SourceConfig]) -> Iterator[tuple[Location, SourceConfig]]:
+def expand(sources: Sequence[SourceConfig]) -> Iterator[tuple[Location, SourceConfig]]:
+    """Every source that paths and globs stand for, with its settings; SourceError where a glob matches nothing."""
     for config in sources:
         pattern = Location.of(config.path)
         found = pattern.expand()

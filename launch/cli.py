@@ -169,6 +169,18 @@ def embed(args: argparse.Namespace) -> Answer:
                   f"{result.n_genes_mapped:,} of {result.n_genes:,} genes are in the vocabulary", result.to_json())
 
 
+def vocab_build(args: argparse.Namespace) -> Answer:
+    """Make a vocabulary of the genes of atlases."""
+    from data_pipeline.vocabulary import build_vocab, publish_vocab, sources_of
+    from launch.summaries import describe_vocab, vocab_summary
+
+    built = build_vocab(sources_of(args.sources, gene_column=args.gene_column), species=args.species,
+                        min_sources=args.min_sources)
+    publish_vocab(built.vocab, args.out)
+    value = vocab_summary(built) | {"vocab": str(args.out)}
+    return Answer(f"{args.out}: {describe_vocab(value)}", value)
+
+
 def config_show(args: argparse.Namespace) -> Answer:
     """Print what a configuration resolves to."""
     from scgpt.config import load_config
@@ -233,6 +245,8 @@ def build_parser() -> argparse.ArgumentParser:
               "scgpt report corpus --out corpus.html")
     cmd.add_argument("corpus", metavar="CORPUS", type=Path)
     _out(cmd, "the page; its numbers go beside it as .json (default: report.html in the corpus)", required=False)
+    _add_vocab_command(_adder(commands.add_parser("vocab", help="make a vocabulary").add_subparsers(
+        title="commands", required=True, metavar="COMMAND"), shared))
     config = commands.add_parser("config", help="what ships, and what a configuration resolves to")
     add = _adder(config.add_subparsers(title="commands", required=True, metavar="COMMAND"), shared)
     cmd = add("show", config_show, "print a resolved configuration", "scgpt config show base data.corpus=corpus")
@@ -259,6 +273,20 @@ def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     cmd = add("verify", data_verify, "check every file of a corpus", "scgpt data verify corpus --deep")
     cmd.add_argument("corpus", metavar="CORPUS", type=Path)
     cmd.add_argument("--deep", action="store_true", help="check every cell's invariants too")
+
+
+def _add_vocab_command(add: Callable[..., argparse.ArgumentParser]) -> None:
+    cmd = add("build", vocab_build, "a vocabulary of the genes that atlases name",
+              "scgpt vocab build atlas/*.h5ad --out vocab.json")
+    cmd.add_argument("sources", metavar="SOURCE", nargs="+",
+                     help="an atlas, a glob, or the YAML file of a corpus, whose sources are taken")
+    _out(cmd, "the vocabulary: token -> id as JSON; another one that lies there is not replaced")
+    cmd.add_argument("--min-sources", type=_count, default=1, metavar="N",
+                     help="leave out genes that fewer sources name (default: 1)")
+    cmd.add_argument("--species", choices=("auto", "human", "mouse", "other"), default="auto",
+                     help="whose Ensembl ids become symbols; other: names are taken as they are (default: auto)")
+    cmd.add_argument("--gene-column", default="auto", metavar="COLUMN",
+                     help="index or a column of var (default: auto, where most names are known)")
 
 
 def _adder(commands: Any, shared: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:
@@ -288,6 +316,12 @@ def _path(word: str) -> Path:
     if not word:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(word)
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal() or not int(word):
+        raise argparse.ArgumentTypeError(f"'{word}' is no whole number of 1 or more")
+    return int(word)
 
 
 def _seed(word: str) -> int:

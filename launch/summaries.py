@@ -3,6 +3,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_pipeline.plan import Plan
+    from data_pipeline.vocabulary import BuiltVocab
     from pretrain.peek import Peek
     from scgpt.data.manifest import Manifest
 
@@ -69,3 +70,19 @@ def describe_peek(found: "Peek") -> str:
     lines = [f"{cell.cell_id:>20}  {cell.source:{width}}  row {cell.row:>10,}  {cell.tokens:>5,} tokens  "
              f"{cell.masked:>5,} masked  {cell.sha256[:16]}" for cell in found.cells]
     return "\n".join([*lines, f"step {found.step}: {len(found.cells):,} cells, sha256 {found.digest}"])
+
+
+def vocab_summary(built: "BuiltVocab") -> dict[str, Any]:
+    """What `scgpt vocab build --json` answers."""
+    return {"tokens": len(built.vocab), "sha256": built.vocab.sha256, "species": built.species,
+            "genes_left_out": built.n_rare,
+            "sources": [{"name": source.name, "gene_column": source.column, "names": source.n_names,
+                         "genes": len(source.tokens), "renamed": source.n_renamed} for source in built.sources]}
+
+
+def describe_vocab(summary: dict[str, Any]) -> str:
+    """The answer of `vocab_summary` as one sentence."""
+    renamed = sum(source["renamed"] for source in summary["sources"])
+    return (f"{summary['tokens']:,} tokens, special tokens included, from {len(summary['sources']):,} sources "
+            f"({summary['species']}); {renamed:,} names became symbols, {summary['genes_left_out']:,} genes of too few "
+            "sources left out")

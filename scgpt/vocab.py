@@ -3,6 +3,8 @@
 Behaves as upstream's class of that name (a torchtext vocabulary) without torchtext: `vocab["CD3D"]`, `"CD3D" in vocab`,
 `vocab(["CD3D", "CD8A"])`, `get_stoi()`, `get_itos()`, `set_default_index(i)`, `append_token(t)`.
 """
+import csv
+import gzip
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from scgpt.files import write_bytes
 PAD, CLS, EOC = "<pad>", "<cls>", "<eoc>"
 SPECIAL_TOKENS = (PAD, CLS, EOC)
 PUBLISHED = "scgpt-human"   # the vocabulary of the published checkpoints: 60,694 genes, then the three special tokens
+GENCODE_MOUSE = "gencode-mouse"   # the symbols of GENCODE vM37, sorted, then the three; genes without one are left out
 
 
 class GeneVocab(Mapping[str, int]):
@@ -65,7 +68,7 @@ class GeneVocab(Mapping[str, int]):
             return cls.from_dict(token2idx, default_token)
         except OSError as error:
             raise ConfigError(f"the vocabulary cannot be read: {error.strerror}", where=str(path),
-                              fix=f"give the path of a vocab.json, or the name '{PUBLISHED}'") from error
+                              fix=f"give the path of a vocab.json, or a name: {PUBLISHED}, {GENCODE_MOUSE}") from error
         except ValueError as error:
             raise DataError(f"not JSON: {error}", where=str(path), fix="give a vocab.json") from error
         except DataError as error:
@@ -74,9 +77,13 @@ class GeneVocab(Mapping[str, int]):
     @classmethod
     def named(cls, name: str) -> "GeneVocab":
         """The vocabulary that ships under this name, or the one in the file of that path; unknown tokens raise."""
+        tables = package_files("scgpt.tables")
         if name == PUBLISHED:
-            tokens = json.loads((package_files("scgpt.tables") / "scgpt_vocab.json").read_bytes())
-            return cls.from_dict(tokens, default_token=None)
+            return cls.from_dict(json.loads((tables / "scgpt_vocab.json").read_bytes()), default_token=None)
+        if name == GENCODE_MOUSE:
+            lines = gzip.decompress((tables / "gencode_vM37_mouse.csv.gz").read_bytes()).decode().splitlines()
+            symbols = {row[1] for row in csv.reader(lines) if row[1] != row[0]}
+            return cls(sorted(symbols), SPECIAL_TOKENS, special_first=False, default_token=None)
         return cls.from_file(name, default_token=None)
 
     def __getitem__(self, token: str) -> int:

@@ -34,19 +34,19 @@ def test_a_current_symbol_finds_the_older_one_of_the_vocabulary() -> None:
 
 
 def test_a_previous_symbol_of_two_genes_is_never_mapped() -> None:
-    from data_pipeline.genes import _tables
+    from data_pipeline.genes import gene_tables
 
-    ambiguous = [name for name, later in _tables().later.items() if len(later) > 1 and name not in VOCAB]
+    ambiguous = [name for name, later in gene_tables().later.items() if len(later) > 1 and name not in VOCAB]
     assert len(ambiguous) > 100
     mapped = match_genes(ambiguous, VOCAB)
-    current = [name for name in ambiguous if name in _tables().current]
+    current = [name for name in ambiguous if name in gene_tables().current]
     assert {name for name, token in zip(ambiguous, mapped.tokens, strict=True) if token != UNMAPPED} <= set(current)
 
 
 def test_a_current_symbol_is_not_taken_for_the_previous_symbol_of_another_gene() -> None:
-    from data_pipeline.genes import _tables
+    from data_pipeline.genes import gene_tables
 
-    tables = _tables()
+    tables = gene_tables()
     shared = sorted(name for name, later in tables.later.items() if name in tables.current and len(later) == 1
                     and name not in tables.previous)
     assert shared

@@ -9,7 +9,7 @@ from launch import cli
 from scgpt.errors import CheckpointError, ConfigError, DataError, ScgptError
 
 COMMANDS = ["data plan", "data build", "data peek", "data verify", "train", "export", "verify", "embed", "report",
-            "config show", "config list"]
+            "vocab build", "config show", "config list"]
 
 
 def scgpt(*words: str) -> subprocess.CompletedProcess[str]:

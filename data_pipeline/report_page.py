@@ -19,8 +19,11 @@ _GREYS = 5                     # that the style sheet has for reasons
 _LAST_TICK = 95                # per cent of the axis: a label further right would stick out
 _FILES_SHOWN = 12              # files shown at once; more are folded
 _REASONS = {"filter": "not matched by the filter", "no_genes": "no gene of the vocabulary",
-            "min_genes": "fewer genes than min_genes", "min_counts": "fewer counts than min_counts",
-            "max_mito_fraction": "mitochondrial share above max_mito_fraction"}
+            "min_genes": "fewer genes than min_genes", "max_genes": "more genes than max_genes",
+            "min_counts": "fewer counts than min_counts", "max_counts": "more counts than max_counts",
+            "max_value": "a value above max_value",
+            "max_mito_fraction": "mitochondrial share above max_mito_fraction",
+            "duplicate": "a copy of a cell that is kept"}
 
 
 def page(report: Report) -> str:

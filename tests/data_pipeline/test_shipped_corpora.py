@@ -1,0 +1,83 @@
+"""The corpora that ship: each loads, its filters keep what was published, and what is not there is told in a sentence."""
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from data_pipeline.config import CorpusConfig
+from data_pipeline.obs_filter import ObsFilter
+from launch import cli
+from scgpt.config import load_config, shipped_configs
+from tests.data_pipeline.atlases import build_here, config_of, random_counts, write_h5ad
+
+TISSUES = ("heart", "blood", "brain", "lung", "kidney", "intestine", "pancreas")
+CENSUS = (*TISSUES, "others", "whole-human", "pan-cancer")
+CELLS = list(itertools.product((*TISSUES, "eye", "skin of body"), ("normal", "glioblastoma", "COVID-19"),
+                               ("cell", "nucleus", "na"), (True, False)))
+
+
+def shipped(name: str) -> CorpusConfig:
+    return load_config(CorpusConfig, name, kind="corpus")
+
+
+def kept(name: str) -> np.ndarray:
+    """Which of CELLS the filter of a corpus keeps."""
+    columns = [list(values) for values in zip(*CELLS, strict=True)]
+    obs = dict(zip(("tissue_general", "disease", "suspension_type", "is_primary_data"), map(pa.array, columns),
+                   strict=True))
+    text = shipped(name).cells.filter
+    assert text is not None
+    return ObsFilter.parse(text).keep(obs, where=name)
+
+
+def test_these_ship() -> None:
+    assert {*CENSUS, "demo", "tahoe-100m", "mouse"} <= set(shipped_configs("corpus"))
+
+
+def test_whole_human_is_the_union_of_its_parts_and_no_cell_is_in_two() -> None:
+    parts = np.stack([kept(name) for name in (*TISSUES, "others")])
+    assert np.array_equal(parts.sum(axis=0), kept("whole-human").astype(int))
+    assert kept("whole-human").tolist() == [disease == "normal" and suspension != "na"
+                                            for _, disease, suspension, _ in CELLS]
+
+
+@pytest.mark.parametrize("tissue", TISSUES)
+def test_a_tissue_is_that_tissue(tissue: str) -> None:
+    assert {cell[0] for cell, keep in zip(CELLS, kept(tissue), strict=True) if keep} == {tissue}
+
+
+def test_pan_cancer_takes_listed_cancers_of_any_tissue_and_mouse_each_cell_once() -> None:
+    assert kept("pan-cancer").tolist() == [disease == "glioblastoma" and suspension != "na"
+                                           for _, disease, suspension, _ in CELLS]
+    assert kept("mouse").tolist() == [disease == "normal" and suspension != "na" and primary
+                                      for _, disease, suspension, primary in CELLS]
+
+
+def test_parts_and_whole_read_one_source_so_that_a_cell_has_one_id() -> None:
+    assert len({str(shipped(name).sources) for name in CENSUS}) == 1
+
+
+@pytest.mark.parametrize("name", sorted(set(shipped_configs("corpus")) - {"demo"}))
+def test_data_that_are_not_there_are_one_sentence(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "plan", name, f"sources=[{tmp_path}/census/none]"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "there is no such file" in said
+    assert f"{tmp_path}/census/none" in said
+
+
+def test_a_copy_is_built_by_one_key(tmp_path: Path) -> None:
+    """Cells with the columns of the Census, as a file: what a user who downloaded a part of it has."""
+    obs = dict(zip(("tissue_general", "disease", "suspension_type", "is_primary_data"), zip(*CELLS, strict=True),
+                   strict=True))
+    path = write_h5ad(tmp_path / "copy.h5ad", random_counts(5, len(CELLS), 60),
+                      obs={**{key: list(values) for key, values in obs.items()}, "donor_id": ["d"] * len(CELLS)})
+    config = load_config(CorpusConfig, "heart", [f"sources=[{path}]", "shards.max_bytes=1MiB"], kind="corpus")
+    manifest = build_here(config, tmp_path / "heart")
+    source = manifest.sources[0]
+    assert source.cells_written == kept("heart").sum()
+    assert source.filtered == {"filter": len(CELLS) - source.cells_written}
+    whole = build_here(config_of(path, cells={"filter": shipped("whole-human").cells.filter}), tmp_path / "whole")
+    assert whole.sources[0].cells_written == kept("whole-human").sum()

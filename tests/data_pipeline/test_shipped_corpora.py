@@ -1,4 +1,4 @@
-"""The corpora that ship: each loads, its filters keep what was published, and what is not there is told in a sentence."""
+"""The corpora that ship: each loads, its filters keep what was published, and what is missing is told in a sentence."""
 import itertools
 from pathlib import Path
 
@@ -60,7 +60,8 @@ def test_parts_and_whole_read_one_source_so_that_a_cell_has_one_id() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(shipped_configs("corpus")) - {"demo"}))
-def test_data_that_are_not_there_are_one_sentence(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_that_are_not_there_are_one_sentence(name: str, tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "plan", name, f"sources=[{tmp_path}/census/none]"]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1

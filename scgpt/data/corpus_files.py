@@ -45,9 +45,10 @@ class CorpusFiles:
 
     def where(self, name: str = "") -> str:
         """The path or URL of a file, for people: without a password that stands in the URL."""
-        return _PASSWORD.sub("//", self._url(name))
+        return _PASSWORD.sub("//", self.url(name))
 
-    def _url(self, name: str = "") -> str:
+    def url(self, name: str = "") -> str:
+        """The path or URL of a file, to open it."""
         return f"{self.location}/{name}" if name else str(self.location)
 
     def read(self, name: str) -> bytes:
@@ -59,7 +60,7 @@ class CorpusFiles:
         """Bytes of each file; DataError for the first that is missing."""
         if self.folder is None:
             with self._told(names[0] if len(names) == 1 else ""):
-                return [int(size) for size in self._remote.sizes([self._url(name) for name in names])]
+                return [int(size) for size in self._remote.sizes([self.url(name) for name in names])]
         found = []
         for name in names:
             with self._told(name):
@@ -72,7 +73,7 @@ class CorpusFiles:
             return sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
         with self._told(""):
             self._remote.invalidate_cache()
-            root = self._remote._strip_protocol(self._url()).rstrip("/") + "/"
+            root = self._remote._strip_protocol(self.url()).rstrip("/") + "/"
             return sorted(str(path).removeprefix(root) for path in self._remote.find(root))
 
     def sha256(self, name: str) -> str:
@@ -111,7 +112,7 @@ class CorpusFiles:
         if self.folder is None:
             names, starts, stops = (list(part) for part in zip(*ranges, strict=True)) if ranges else ([], [], [])
             with self._told(names[0] if len(set(names)) == 1 else ""):
-                pieces: list[bytes] = self._remote.cat_ranges([self._url(name) for name in names], starts, stops,
+                pieces: list[bytes] = self._remote.cat_ranges([self.url(name) for name in names], starts, stops,
                                                               on_error="raise")
                 return pieces
         pieces = []
@@ -124,7 +125,7 @@ class CorpusFiles:
     def _open(self, name: str) -> BinaryIO:
         if self.folder is not None:
             return (self.folder / name).open("rb")
-        stream: BinaryIO = self._remote.open(self._url(name), "rb")
+        stream: BinaryIO = self._remote.open(self.url(name), "rb")
         return stream
 
     @cached_property
@@ -137,7 +138,7 @@ class CorpusFiles:
             raise ConfigError("reading a corpus behind a URL needs the package 'fsspec', which is not installed",
                               where=self.where(), fix="in a clone, install it with: pip install '.[remote]'") from error
         try:
-            system = fsspec.core.url_to_fs(self._url())[0]
+            system = fsspec.core.url_to_fs(self.url())[0]
             system.invalidate_cache()   # what this process listed before may be gone
             return system
         except ImportError as error:

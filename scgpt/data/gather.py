@@ -1,4 +1,4 @@
-"""Copy cells out of mapped record batches: compiled loops over raw addresses, loaded on the first read.
+"""Copy cells out of record batches and chunks: compiled loops over raw addresses, loaded on the first read.
 
 A batch is known by the addresses of its buffers, so one loop serves all batches of all shards; it releases the GIL, and
 costs one memory copy a cell. The addresses must stay mapped while a call runs: `ArrowShards` owns the mappings.
@@ -56,3 +56,20 @@ def scatter(values, offsets, places, out):  # type: ignore[no-untyped-def]
     """From out[places[i]] on: the values [offsets[i], offsets[i + 1])."""
     for i in range(len(places)):
         out[places[i]:places[i] + offsets[i + 1] - offsets[i]] = values[offsets[i]:offsets[i + 1]]
+
+
+@njit(cache=True, nogil=True)
+def segments(addresses, chunks, firsts, counts, places, out):  # type: ignore[no-untyped-def]
+    """From out[places[i]] on: counts[i] items, from item firsts[i] on, of the chunk at addresses[chunks[i]]."""
+    width = np.uint64(out.itemsize)
+    for i in range(len(places)):
+        address = addresses[chunks[i]] + np.uint64(firsts[i]) * width
+        out[places[i]:places[i] + counts[i]] = carray(_pointer(address, out), counts[i])  # type: ignore[call-arg]
+
+
+@njit(cache=True, nogil=True)
+def sum_deltas(values, offsets):  # type: ignore[no-untyped-def]
+    """Within each cell, replace the values by their running sums."""
+    for i in range(len(offsets) - 1):
+        for place in range(offsets[i] + 1, offsets[i + 1]):
+            values[place] += values[place - 1]

@@ -6,7 +6,6 @@ is read whole, decoded and kept for a while, in bounded memory. Reading cells in
 compressed batch costs its whole decoding: such a corpus is for cold storage, or for reading in order.
 """
 import struct
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -19,6 +18,7 @@ from scgpt.data.arrow_format import address, value_types
 from scgpt.data.corpus_files import RESTORE, CorpusFiles
 from scgpt.data.ipc_message import Codec, read_metadata
 from scgpt.data.manifest import ShardEntry, check_sizes
+from scgpt.data.recently_used import RecentlyUsed
 from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, RaggedBatch, offsets_of
 from scgpt.errors import DataError
 
@@ -76,8 +76,7 @@ class BatchShards:
         self._n_values = np.zeros(len(self._cells), np.int64)
         self._column_starts = np.zeros((3, len(self._cells)), np.int64)   # of genes, expressions, ids in the file
         self._is_plain = np.zeros(len(self._cells), bool)
-        self._cache: OrderedDict[int, _Loaded] = OrderedDict()
-        self._cached_bytes = 0
+        self._cache: RecentlyUsed[_Loaded] = RecentlyUsed(CACHE_BYTES)
         self._lock = Lock()
 
     def lengths(self, cells: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -119,8 +118,7 @@ class BatchShards:
 
     def _are_sparse(self, batches: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.bool_]:
         """(batches,) whether only the bytes of the wanted cells are read."""
-        with self._lock:
-            cached = np.array([number in self._cache for number in batches.tolist()], bool)
+        cached = np.array([number in self._cache for number in batches.tolist()], bool)
         few: NDArray[np.bool_] = counts * _WHOLE_SHARE < self._cells[batches]
         sparse: NDArray[np.bool_] = few & ~cached & self._is_plain[batches]
         return sparse
@@ -178,24 +176,13 @@ class BatchShards:
 
     def _load(self, batches: NDArray[np.int64]) -> list[_Loaded]:
         """Decoded batches: from the cache, or read now and kept in it."""
-        with self._lock:
-            held = {number: self._cache[number] for number in batches.tolist() if number in self._cache}
-            for number in held:
-                self._cache.move_to_end(number)
+        held = self._cache.find(batches.tolist())
         missing = np.array([number for number in batches.tolist() if number not in held], np.int64)
         pieces = self._read(missing, self._starts[missing], self._stops[missing])
         for number, piece in zip(missing.tolist(), pieces, strict=True):
             held[number] = self._decode(number, piece)
-            self._keep(number, held[number])
+            self._cache.keep(number, held[number], held[number].batch.nbytes)
         return [held[number] for number in batches.tolist()]
-
-    def _keep(self, number: int, loaded: _Loaded) -> None:
-        with self._lock:
-            if number not in self._cache:
-                self._cached_bytes += loaded.batch.nbytes
-            self._cache[number] = loaded
-            while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
-                self._cached_bytes -= self._cache.popitem(last=False)[1].batch.nbytes
 
     def _read(self, batches: NDArray[np.int64], starts: NDArray[np.int64], stops: NDArray[np.int64],
               ) -> list[memoryview]:

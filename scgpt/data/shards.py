@@ -1,5 +1,6 @@
 """The tokens of a split, opened: whatever the form, the compression and the place, cells are asked for in one way."""
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -32,11 +33,35 @@ def open_shards(files: CorpusFiles, entry: SplitEntry) -> Shards:
 
     Raises DataError: a file is missing, has another size, or does not hold what the manifest says.
     """
+    if entry.store is not None:
+        from scgpt.data.zarr_format import ZarrShards
+
+        return ZarrShards(files, entry)
     if files.folder is not None and entry.compression is None:
         return map_shards(files, entry.shards)
     from scgpt.data.record_batches import BatchShards
 
     return BatchShards(files, entry.shards)
+
+
+@dataclass(frozen=True, slots=True)
+class CellRange:
+    """Some neighbouring cells of other shards, as if they were all."""
+
+    shards: Shards
+    first: int
+
+    def lengths(self, cells: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See Shards."""
+        return self.shards.lengths(cells + self.first)
+
+    def cell_ids(self, cells: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """See Shards."""
+        return self.shards.cell_ids(cells + self.first)
+
+    def fetch(self, cells: NDArray[np.int64]) -> RaggedBatch:
+        """See Shards."""
+        return self.shards.fetch(cells + self.first)
 
 
 def windows(shards: Shards, first: int, last: int, *, max_values: int = WINDOW_VALUES) -> Iterator[tuple[int, int]]:

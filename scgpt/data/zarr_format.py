@@ -1,0 +1,344 @@
+"""The Zarr form of a split: one Zarr v3 group of four flat arrays; written shard by shard, read by inner chunk.
+
+    train.zarr/  indptr (cells + 1,) int64   genes, expressions (values,)   cell_id (cells,) uint64
+
+Cell i owns values [indptr[i], indptr[i + 1]). A shard of an array is one file, made whole by one writer and always
+with zarr-python's own codecs (the `zarrs` pipeline orders the chunks of a shard differently each time; it only reads).
+The cold form stores `genes` as differences within each cell, and everything through Blosc with bitshuffle: LZ4 alone
+gains nothing on ids. Reading is by whole inner chunks, for windows of cells; Arrow is the form for random access.
+"""
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scgpt.data.corpus_files import RESTORE, CorpusFiles
+from scgpt.data.ipc_message import Codec
+from scgpt.data.manifest import FileEntry, SplitEntry, check_sizes
+from scgpt.data.recently_used import RecentlyUsed
+from scgpt.data.schema import CELL_ID, EXPRESSIONS, FORMAT, GENES, RaggedBatch, offsets_of
+from scgpt.errors import ConfigError, DataError, ScgptError
+from scgpt.files import sha256, write_bytes
+
+if TYPE_CHECKING:
+    from scgpt.data.shards import Shards
+
+INDPTR = "indptr"
+CHUNK_ITEMS = 1 << 16       # of an inner chunk: what is read at once
+CACHE_BYTES = 64 << 20      # of decoded chunks, for each array of an opened split
+_GROUP_BYTES = 32 << 20     # of chunks worked on at once
+_RUN_CHUNKS = 64            # neighbouring chunks that are read as one
+_REMOTE_READS = 16          # at once
+_ENCODING = "gene_encoding"   # attribute of the group:
+_IDS, _DELTAS = "ids", "deltas within a cell"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLayout:
+    """What the store of a split looks like, before anything is written."""
+
+    cells: int
+    values: int
+    gene_type: np.dtype[Any]
+    expression_type: np.dtype[Any]
+    compression: Codec | None
+    max_bytes: int                # of the genes and expressions that one shard holds, uncompressed
+
+    @property
+    def arrays(self) -> dict[str, tuple[int, np.dtype[Any]]]:
+        """Name -> items, type."""
+        return {INDPTR: (self.cells + 1, np.dtype(np.int64)), GENES: (self.values, self.gene_type),
+                EXPRESSIONS: (self.values, self.expression_type), CELL_ID: (self.cells, np.dtype(np.uint64))}
+
+    def chunk_items(self, array: str) -> int:
+        """Items of an inner chunk."""
+        return max(min(CHUNK_ITEMS, self.arrays[array][0]), 1)
+
+    def shard_items(self, array: str) -> int:
+        """Items of a shard: whole chunks, at least one, no more than the array needs."""
+        item_bytes = (self.gene_type.itemsize + self.expression_type.itemsize if array in (GENES, EXPRESSIONS) else 8)
+        chunk = self.chunk_items(array)
+        needed = max(-(-self.arrays[array][0] // chunk), 1)
+        return min(max(self.max_bytes // item_bytes // chunk, 1), needed) * chunk
+
+    def n_shards(self, array: str) -> int:
+        """Shards of an array: numbers 0 to n - 1."""
+        return -(-self.arrays[array][0] // self.shard_items(array))
+
+    def bounds(self, array: str, number: int) -> tuple[int, int]:
+        """First and last + 1 item of a shard."""
+        size = self.shard_items(array)
+        return number * size, min((number + 1) * size, self.arrays[array][0])
+
+    def parts(self, array: str, number: int, cells: Sequence[int], values: Sequence[int]) -> range:
+        """Which parts of the split, given the cells and values of each, hold the items of a shard; at least one."""
+        bounds = offsets_of(np.array(values if array in (GENES, EXPRESSIONS) else cells, np.int64))
+        first, last = self.bounds(array, number)
+        begin = min(int(np.searchsorted(bounds, first, side="right")) - 1, len(cells) - 1)
+        return range(begin, max(int(np.searchsorted(bounds[:-1], last, side="left")), begin + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Some neighbouring cells of a split, opened, and what comes before them."""
+
+    shards: "Shards"
+    cells: int
+    first_cell: int       # cells of the split before them
+    first_value: int      # values of the split before them
+
+
+def shard_file(array: str, number: int) -> str:
+    """Name of a shard's file within the store."""
+    return f"{array}/c/{number}"
+
+
+def write_metadata(store: Path, layout: StoreLayout) -> list[Path]:
+    """Write what describes the store and its arrays; the files written."""
+    zarr = _zarr()
+    held: dict[str, Any] = {}
+    attributes = {"format": FORMAT, _ENCODING: _IDS if layout.compression is None else _DELTAS}
+    zarr.create_group(zarr.storage.MemoryStore(held), zarr_format=3, attributes=attributes)
+    for array in layout.arrays:
+        _create(held, layout, array)
+    written = []
+    for name, content in sorted(held.items()):
+        (store / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(store / name, content.to_bytes())
+        written.append(store / name)
+    return written
+
+
+def write_shard(store: Path, layout: StoreLayout, array: str, number: int, span: Span) -> Path:
+    """Write one shard of an array from the cells of `span`, which must hold all its items; the file written.
+
+    Equal cells and layouts give equal bytes, whichever span they come in. Memory: some three times the shard.
+    """
+    first, last = layout.bounds(array, number)
+    items = _items(layout, array, first, last, span)
+    held: dict[str, Any] = {}
+    with _single_threaded_blosc():
+        _create(held, layout, array)[first:last] = items
+    path = store / shard_file(array, number)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, held[shard_file(array, number)].to_bytes())
+    return path
+
+
+def store_files(corpus: Path, store: str) -> list[FileEntry]:
+    """What the manifest says of the files of the finished store in folder `store` of a corpus."""
+    found = sorted(path.relative_to(corpus).as_posix() for path in (corpus / store).rglob("*") if path.is_file())
+    return [FileEntry(file=name, bytes=(corpus / name).stat().st_size, sha256=sha256(corpus / name)) for name in found]
+
+
+def _create(held: dict[str, Any], layout: StoreLayout, array: str) -> Any:
+    """An array of the store, kept in `held`."""
+    zarr = _zarr()
+    items, dtype = layout.arrays[array]
+    packed = [] if layout.compression is None else [zarr.codecs.BloscCodec(
+        typesize=dtype.itemsize, cname=layout.compression, clevel=5, shuffle="bitshuffle")]
+    return zarr.create_array(
+        zarr.storage.MemoryStore(held), name=array, shape=(items,), chunks=(layout.chunk_items(array),),
+        shards=(layout.shard_items(array),), dtype=dtype, compressors=packed, filters=None, fill_value=0,
+        zarr_format=3, config={"write_empty_chunks": True})   # a chunk of zeros is data, not absence
+
+
+def _items(layout: StoreLayout, array: str, first: int, last: int, span: Span) -> NDArray[Any]:
+    """Items [first, last) of an array."""
+    from scgpt.data.shards import windows
+
+    shards = span.shards
+    if array == CELL_ID:
+        return shards.cell_ids(np.arange(first - span.first_cell, last - span.first_cell))
+    indptr = span.first_value + offsets_of(shards.lengths(np.arange(span.cells)))
+    if array == INDPTR:
+        return indptr[first - span.first_cell:last - span.first_cell]
+    items = np.empty(last - first, layout.arrays[array][1])
+    first_cell = int(np.searchsorted(indptr, first, side="right")) - 1
+    for start, stop in windows(shards, first_cell, int(np.searchsorted(indptr, last, side="left"))):
+        cells = shards.fetch(np.arange(start, stop))
+        values = cells.expressions
+        if array == GENES:
+            values = cells.genes if layout.compression is None else _deltas(cells)
+        begin, end = max(int(indptr[start]), first), min(int(indptr[stop]), last)
+        items[begin - first:end - first] = values[begin - indptr[start]:end - indptr[start]]
+    return items
+
+
+def _deltas(cells: RaggedBatch) -> NDArray[np.unsignedinteger]:
+    """(values,) each id minus the one before it in its cell; the first of a cell stays."""
+    deltas = cells.genes.copy()
+    deltas[1:] -= cells.genes[:-1]
+    starts = cells.offsets[:-1][cells.lengths > 0]
+    deltas[starts] = cells.genes[starts]
+    return deltas
+
+
+@contextmanager
+def _single_threaded_blosc() -> Iterator[None]:
+    """Blosc with threads puts the blocks of a chunk in the order in which they are finished."""
+    from numcodecs import blosc
+
+    before, blosc.use_threads = blosc.use_threads, False
+    try:
+        yield
+    finally:
+        blosc.use_threads = before
+
+
+# ---- reading ----
+
+
+class ZarrShards:
+    """The store of a split, read by inner chunks, a bounded number of which is kept.
+
+    Raises DataError where a file is missing or shortened, or the store does not hold what the manifest says.
+    """
+
+    def __init__(self, files: CorpusFiles, entry: SplitEntry) -> None:
+        if entry.store is None:
+            raise DataError("the split has no Zarr store", where=files.where(), fix="open its shards")
+        check_sizes(files, entry.store.files)
+        self._where, self._values = files.where(entry.store.path), entry.tokens
+        shapes = {INDPTR: entry.cells + 1, GENES: entry.tokens, EXPRESSIONS: entry.tokens, CELL_ID: entry.cells}
+        try:
+            arrays, attributes = _open_arrays(files, entry.store.path, shapes)
+            self._has_deltas = {_IDS: False, _DELTAS: True}[attributes[_ENCODING]]
+            wrong = [name for name, items in shapes.items() if arrays[name].shape != (items,)]
+        except ScgptError:
+            raise
+        except Exception as error:   # zarr says a damaged description in many ways
+            raise _unreadable(self._where, error) from error
+        if wrong:
+            raise DataError(f"'{wrong[0]}' has shape {arrays[wrong[0]].shape}, the manifest says {shapes[wrong[0]]}",
+                            where=self._where, fix=RESTORE)
+        pool = None if files.folder is not None else ThreadPoolExecutor(_REMOTE_READS, "zarr")
+        self._indptr, self._genes, self._expressions, self._ids = (
+            _Chunks(arrays[name], pool, f"{self._where}/{name}") for name in (INDPTR, GENES, EXPRESSIONS, CELL_ID))
+
+    def lengths(self, cells: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Values of the given cells, (cells,), from `indptr` alone."""
+        return self._bounds(cells)[1]
+
+    def cell_ids(self, cells: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Ids of the given cells, (cells,)."""
+        return self._ids.take(cells, np.ones_like(cells))
+
+    def fetch(self, cells: NDArray[np.int64]) -> RaggedBatch:
+        """Copy the given cells out, in the given order."""
+        from scgpt.data import gather
+
+        starts, lengths = self._bounds(cells)
+        found = RaggedBatch(self._genes.take(starts, lengths), self._expressions.take(starts, lengths),
+                            offsets_of(lengths), {CELL_ID: self.cell_ids(cells)})
+        if self._has_deltas:
+            gather.sum_deltas(found.genes, found.offsets)
+        return found
+
+    def _bounds(self, cells: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First value and number of values of each cell."""
+        bounds = self._indptr.take(np.concatenate([cells, cells + 1]), np.ones(2 * len(cells), np.int64))
+        starts, stops = bounds[:len(cells)], bounds[len(cells):]
+        wrong = np.flatnonzero((starts < 0) | (stops < starts) | (stops > self._values))
+        if len(wrong):
+            raise DataError(f"the boundaries of cell {cells[wrong[0]]} are damaged", where=self._where,
+                            fix="find the damaged file with: scgpt data verify")
+        return starts, stops - starts
+
+
+class _Chunks:
+    """A flat array, read by inner chunks."""
+
+    def __init__(self, array: Any, pool: ThreadPoolExecutor | None, where: str) -> None:
+        self._array, self._pool, self._where = array, pool, where
+        self._items = int(array.chunks[0])
+        self._kept: RecentlyUsed[NDArray[Any]] = RecentlyUsed(CACHE_BYTES)
+
+    def take(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[Any]:
+        """The items [starts[i], starts[i] + lengths[i]), one after the other; memory: they and _GROUP_BYTES."""
+        from scgpt.data import gather
+
+        out = np.empty(int(lengths.sum()), self._array.dtype)
+        chunks, firsts, counts, places = self._segments(starts, lengths)
+        numbers, which = np.unique(chunks, return_inverse=True)
+        step = max(_GROUP_BYTES // (self._items * out.itemsize), 1)
+        for begin in range(0, len(numbers), step):
+            held = self._load(numbers[begin:begin + step])
+            chosen = np.flatnonzero((which >= begin) & (which < begin + step))
+            addresses = np.array([chunk.ctypes.data for chunk in held], np.uint64)
+            gather.segments(addresses, which[chosen] - begin, firsts[chosen], counts[chosen], places[chosen], out)
+        return out
+
+    def _segments(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+        """Cut ranges at the borders of chunks: (segments,) chunk, first item in it, items, place in the result."""
+        places = offsets_of(lengths)[:-1][lengths > 0]
+        starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+        first = starts // self._items
+        n_chunks = (starts + lengths - 1) // self._items - first + 1
+        owner = np.repeat(np.arange(len(starts)), n_chunks)
+        chunks = first[owner] + np.arange(len(owner)) - offsets_of(n_chunks)[:-1][owner]
+        begin = np.maximum(starts[owner], chunks * self._items)
+        end = np.minimum(starts[owner] + lengths[owner], (chunks + 1) * self._items)
+        return chunks, begin - chunks * self._items, end - begin, places[owner] + begin - starts[owner]
+
+    def _load(self, numbers: NDArray[np.int64]) -> list[NDArray[Any]]:
+        """Decoded chunks: kept ones, or read now, neighbours together."""
+        held = self._kept.find(numbers.tolist())
+        missing = np.array([number for number in numbers.tolist() if number not in held], np.int64)
+        if len(missing):
+            runs = [run for whole in np.split(missing, np.flatnonzero(np.diff(missing) > 1) + 1)
+                    for run in np.split(whole, range(_RUN_CHUNKS, len(whole), _RUN_CHUNKS))]
+            for run, items in zip(runs, map(self._read, runs) if self._pool is None else
+                                  self._pool.map(self._read, runs), strict=True):
+                for place, number in enumerate(run.tolist()):
+                    chunk = items[place * self._items:(place + 1) * self._items].copy()
+                    held[number] = chunk
+                    self._kept.keep(number, chunk, chunk.nbytes)
+        return [held[number] for number in numbers.tolist()]
+
+    def _read(self, run: NDArray[np.int64]) -> NDArray[Any]:
+        try:
+            found: NDArray[Any] = np.asarray(self._array[int(run[0]) * self._items:(int(run[-1]) + 1) * self._items])
+            return found
+        except Exception as error:   # zarr, its codecs and its stores raise whatever they like
+            raise _unreadable(self._where, error) from error
+
+
+def _open_arrays(files: CorpusFiles, store: str, names: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays of a store and the attributes of its group; through `zarrs` where it is installed and can."""
+    zarr = _zarr()
+    options = {}
+    if files.folder is None:
+        opened = zarr.storage.FsspecStore.from_url(files.url(store), read_only=True)
+    else:
+        opened = zarr.storage.LocalStore(files.folder / store, read_only=True)
+        if find_spec("zarrs") is not None:
+            import zarrs  # noqa: F401 makes its pipeline known
+
+            options = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
+    with zarr.config.set(options):   # an array keeps the pipeline that it was opened with
+        group = zarr.open_group(opened, mode="r")
+        return {name: group[name] for name in names}, dict(group.attrs)
+
+
+def _unreadable(where: str, error: Exception) -> ScgptError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return DataError(f"the Zarr store cannot be read: {reason}", where=where,
+                     fix="find the damaged file with: scgpt data verify")
+
+
+def _zarr() -> Any:
+    try:
+        import zarr
+        import zarr.codecs
+        import zarr.storage
+    except ModuleNotFoundError as error:
+        raise ConfigError("the Zarr form of a corpus needs the package 'zarr', which is not installed",
+                          fix="in a clone, install it with: pip install '.[zarr]'") from error
+    return zarr

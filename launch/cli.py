@@ -125,6 +125,21 @@ def report(args: argparse.Namespace) -> Answer:
                   "sources", {"report": str(page), "numbers": str(page.with_suffix(".json")), **totals})
 
 
+def data_convert(args: argparse.Namespace) -> Answer:
+    """Write a corpus in another form or compression."""
+    from scgpt.config import config_of
+    from scgpt.data.convert import ConvertConfig, convert
+
+    manifest = convert(args.corpus, args.out, config_of(ConvertConfig, args.overrides))
+    split = next(iter(manifest.splits.values()))
+    compression, n_bytes = split.compression or "none", sum(
+        file.bytes for one in manifest.splits.values() for file in one.files())
+    value = corpus_summary(manifest) | {"corpus": str(args.out), "source": args.corpus, "form": split.form,
+                                        "compression": compression, "bytes": n_bytes}
+    return Answer(f"{args.out}: {split.form}, compression {compression}, {n_bytes / 1e6:,.1f} MB. "
+                  f"{describe_corpus(value)}", value)
+
+
 def train(args: argparse.Namespace) -> Answer:
     """Train in this process: one rank."""
     from pretrain.config import TrainConfig
@@ -271,8 +286,14 @@ def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     cmd.add_argument("--step", type=int, required=True, metavar="T", help="global batch, from 0")
     cmd.add_argument("--world-size", type=int, default=1, metavar="W", help="ranks that share it (default: 1)")
     cmd = add("verify", data_verify, "check every file of a corpus", "scgpt data verify corpus --deep")
-    cmd.add_argument("corpus", metavar="CORPUS", type=Path)
+    cmd.add_argument("corpus", metavar="CORPUS", help="its folder, or a URL such as s3://bucket/corpus")
     cmd.add_argument("--deep", action="store_true", help="check every cell's invariants too")
+    cmd = add("convert", data_convert, "write a corpus in another form or compression: the same cells, in their order",
+              "scgpt data convert corpus form=zarr compression=lz4 --out cold")
+    cmd.add_argument("corpus", metavar="CORPUS", help="its folder, or a URL such as s3://bucket/corpus")
+    cmd.add_argument("overrides", metavar="key=value", nargs="*",
+                     help="form=arrow|zarr (default: as it is), compression=none|zstd|lz4 (default: none)")
+    _out(cmd, "new folder of the result")
 
 
 def _add_vocab_command(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -129,6 +129,18 @@ def load_config(cls: type[C], config: str | Path, overrides: Sequence[str] = (),
     """
     tree = _Tree()
     _read(_find(config, kind), tree, ())
+    _override(tree, overrides)
+    return validate(cls, tree.values, origin=tree.origin)
+
+
+def config_of(cls: type[C], overrides: Sequence[str]) -> C:
+    """The defaults of `cls` with `key=value` on top; raises ConfigError as load_config does."""
+    tree = _Tree()
+    _override(tree, overrides)
+    return validate(cls, tree.values, origin=tree.origin)
+
+
+def _override(tree: _Tree, overrides: Sequence[str]) -> None:
     for override in overrides:
         location, value = _parse_override(override)
         nested: dict[str, Any] = {}
@@ -137,7 +149,6 @@ def load_config(cls: type[C], config: str | Path, overrides: Sequence[str] = (),
             target = target.setdefault(key, {})
         target[location[-1]] = value
         tree.merge(nested, {tuple(location): f"command line: {override}"})
-    return validate(cls, tree.values, origin=tree.origin)
 
 
 def validate(cls: type[C], values: Mapping[str, Any],

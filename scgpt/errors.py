@@ -54,7 +54,7 @@ def _rebuild(cls: type[ScgptError], what: str, where: str | None, fix: str | Non
 
 
 _EXTRAS = {"torch": "model", "deepspeed": "train", "wandb": "train", "ray": "data", "anndata": "data", "h5py": "data",
-           "hdf5plugin": "data", "scipy": "data", "datasets": "data", "matplotlib": "all"}
+           "hdf5plugin": "data", "scipy": "data", "datasets": "data", "zarr": "zarr", "matplotlib": "all"}
 
 
 def explain(error: BaseException) -> ScgptError | None:

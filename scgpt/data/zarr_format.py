@@ -23,7 +23,7 @@ from scgpt.data.ipc_message import Codec
 from scgpt.data.manifest import FileEntry, SplitEntry, check_sizes
 from scgpt.data.recently_used import RecentlyUsed
 from scgpt.data.schema import CELL_ID, EXPRESSIONS, FORMAT, GENES, RaggedBatch, offsets_of
-from scgpt.errors import ConfigError, DataError, ScgptError
+from scgpt.errors import DataError, ScgptError
 from scgpt.files import sha256, write_bytes
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class ZarrShards:
             arrays, attributes = _open_arrays(files, entry.store.path, shapes)
             self._has_deltas = {_IDS: False, _DELTAS: True}[attributes[_ENCODING]]
             wrong = [name for name, items in shapes.items() if arrays[name].shape != (items,)]
-        except ScgptError:
+        except (ScgptError, ModuleNotFoundError):
             raise
         except Exception as error:   # zarr says a damaged description in many ways
             raise _unreadable(self._where, error) from error
@@ -334,11 +334,8 @@ def _unreadable(where: str, error: Exception) -> ScgptError:
 
 
 def _zarr() -> Any:
-    try:
-        import zarr
-        import zarr.codecs
-        import zarr.storage
-    except ModuleNotFoundError as error:
-        raise ConfigError("the Zarr form of a corpus needs the package 'zarr', which is not installed",
-                          fix="in a clone, install it with: pip install '.[zarr]'") from error
+    import zarr
+    import zarr.codecs
+    import zarr.storage
+
     return zarr

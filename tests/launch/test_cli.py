@@ -2,14 +2,16 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from launch import cli
 from scgpt.errors import CheckpointError, ConfigError, DataError, ScgptError
+from tests.scgpt.data.cells import random_cells, write_corpus
 
-COMMANDS = ["data plan", "data build", "data peek", "data verify", "train", "export", "verify", "embed", "report",
-            "vocab build", "config show", "config list"]
+COMMANDS = ["data plan", "data build", "data peek", "data verify", "data convert", "train", "export", "verify", "embed",
+            "report", "vocab build", "config show", "config list"]
 
 
 def scgpt(*words: str) -> subprocess.CompletedProcess[str]:
@@ -156,3 +158,19 @@ def test_a_module_of_ours_that_is_missing_stays_a_traceback(monkeypatch):
     monkeypatch.setattr("scgpt.data.verify_corpus", fail)
     with pytest.raises(ModuleNotFoundError):
         cli.main(["data", "verify", "corpus"])
+
+
+def test_a_corpus_is_converted_and_wrong_settings_are_one_sentence(tmp_path: Path, capsys):
+    write_corpus(tmp_path / "corpus", {"train": [random_cells([5, 9, 1])]})
+    words = ["data", "convert", str(tmp_path / "corpus"), "form=zarr", "--out", str(tmp_path / "cold")]
+    assert cli.main([*words, "compression=lz4", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["form"], answer["compression"], answer["splits"]["train"]["cells"]) == ("zarr", "lz4", 3)
+    assert cli.main(["data", "verify", "--deep", str(tmp_path / "cold")]) == 0
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    assert "exists already" in capsys.readouterr().err
+    for wrong, says in (("form=parquet", "wrong value of 'form'"), ("from=zarr", "unknown key 'from'")):
+        assert cli.main([*words[:3], wrong, "--out", str(tmp_path / "other")]) == 2
+        assert says in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cold", "corpus"]

@@ -22,8 +22,10 @@ from scgpt.vocab import SPECIAL_TOKENS, GeneVocab
 
 UNMAPPED = -1
 SYMBOL, ENSEMBL = "symbol", "ensembl"
-# an id alone, with a version, of the Y copy of a pseudoautosomal gene; or behind a symbol, as Seurat joins them
-ENSEMBL_ID = re.compile(r"(?:(?P<symbol>.+)[_|])?(?P<id>ENS(?P<species>[A-Z]{0,6})G\d{11})(?:\.\d+)?(?:_PAR_Y)?")
+# an id alone, with a version, of the Y copy of a pseudoautosomal gene; behind a symbol, as Seurat joins them; before a
+# symbol and the name of a probe, as 10x joins them
+ENSEMBL_ID = re.compile(r"(?:(?P<symbol>[^|]+)[_|])?(?P<id>ENS(?P<species>[A-Z]{0,6})G\d{11})(?:\.\d+)?(?:_PAR_Y)?"
+                        r"(?:\|.*)?")
 _MITOCHONDRIAL = "MT-"
 _MOUSE_SHARE = 0.05   # of the tokens of a vocabulary that may be asked for mouse genes
 HUMAN, MOUSE = "human", "mouse"
@@ -176,7 +178,9 @@ def _refusal(source: Source, vocab: GeneVocab, best: GeneMap, gene_column: str, 
     found = f"{best.n_mapped} of {len(names)} genes ({best.overlap:.1%}) are in the vocabulary"
     where = f"{source.path}, gene names from '{best.column}'"
     example = f"such as {names[0]}" if names else "no genes"
-    species, expected = species_of(names), species_of([*vocab])
+    columns = source.gene_columns() if gene_column == AUTO else [best.column]
+    species = next(filter(None, (species_of(source.gene_names(column)) for column in columns)), None)
+    expected = species_of([*vocab])
     if species is not None and species != expected:
         return SourceError(f"{found}: these are {species} genes, {example}", where=where,
                            fix=f"take {'an atlas' if expected is None else f'a {expected} atlas'}, or give a {species} "

@@ -50,6 +50,7 @@ class SourcePlan:
     by_columns: bool          # CSC: cut into row blocks before they are read
     genes: GeneMap
     obs: ObsReader
+    remarks: tuple[str, ...]  # what opening it left out or chose
 
     def open(self) -> Source:
         """The source as it was planned; every worker opens its own."""
@@ -177,7 +178,7 @@ def _plan_source(source: Source, known: Fingerprint, source_config: SourceConfig
     return SourcePlan(source.path, source.name, source.kind, source_config, known.bytes, known.state,
                       known.edges_sha256, source.layer, source.n_cells,
                       int(source.value_offsets(source.n_cells, source.n_cells)[0]), source.bytes_per_value(),
-                      source.chunk_bytes, source.by_columns, genes, obs)
+                      source.chunk_bytes, source.by_columns, genes, obs, tuple(source.remarks()))
 
 
 def _split_totals(source: Source, planned: SourcePlan, config: CorpusConfig) -> NDArray[np.float64]:

@@ -20,7 +20,8 @@ def plan_summary(plan: "Plan") -> dict[str, Any]:
                    for name, split in plan.splits.items()},
         "sources": [{"name": source.name, "file": str(source.path), "cells": source.n_cells, "values": source.n_values,
                      "layer": source.layer, "genes": len(source.genes.tokens), "genes_mapped": source.genes.n_mapped,
-                     "gene_column": source.genes.column, "gene_style": source.genes.style}
+                     "gene_column": source.genes.column, "gene_style": source.genes.style,
+                     "remarks": list(source.remarks)}
                     for source in plan.sources],
     }
 
@@ -30,7 +31,8 @@ def describe_plan(plan: "Plan") -> str:
     width = max(len(source.name) for source in plan.sources)
     lines = [f"{source.name:{width}}  {source.n_cells:>11,} cells  {source.n_values:>15,} values of {source.layer}  "
              f"{source.genes.n_mapped:,} of {len(source.genes.tokens):,} genes in the vocabulary "
-             f"({source.genes.style} in {source.genes.column})" for source in plan.sources]
+             f"({source.genes.style} in {source.genes.column})" + "".join(f"; {remark}" for remark in source.remarks)
+             for source in plan.sources]
     splits = ", ".join(f"{name} at most {split.cells:,} cells with {split.values:,} values in {split.n_shards} shards"
                        for name, split in plan.splits.items())
     total = f"{plan.n_cells:,} cells and {plan.n_values:,} values in {len(plan.blocks)} blocks of rows"

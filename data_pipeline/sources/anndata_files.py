@@ -16,14 +16,14 @@ from typing_extensions import override
 from data_pipeline.sources import elements
 from data_pipeline.sources.base import AUTO, INDEX, PROBE_VALUES, RAW, Source, X, are_counts
 from data_pipeline.sources.elements import Element
+from data_pipeline.sources.faults import reading
 from data_pipeline.sources.hdf5_chunks import read_values
 from data_pipeline.sources.location import Location
 from data_pipeline.sources.rechunk import Entries, cut_by_rows, read_block, to_csr
-from scgpt.errors import ConfigError, ScgptError, SourceError
+from scgpt.errors import ConfigError, SourceError
 
 SCAN_VALUES = 1 << 22   # stored values of a CSC matrix in memory at once while a block is gathered
 MAX_CHUNK_BYTES = 1 << 30   # of a decoded chunk of a matrix: a worker holds it whole, however few rows it wants
-RESTORE = "restore or replace the file, or take it out of `sources`"
 
 
 class AnnDataFile(Source):
@@ -59,7 +59,7 @@ class AnnDataFile(Source):
                 close: Callable[[], None]) -> "AnnDataFile":
         """The source in an open file or store, one of its matrices chosen (see `open_source`); closes it on errors."""
         try:
-            with _reading(location, "header"):
+            with reading(location, "header"):
                 return cls._choose(root, location, name, layer, close)
         except BaseException:
             close()
@@ -265,18 +265,7 @@ class AnnDataFile(Source):
             raise ValueError(f"{lengths['data']} values where the boundaries say {end}")
 
     def _reading(self, what: str) -> contextlib.AbstractContextManager[None]:
-        return _reading(self.path, what)
-
-
-@contextlib.contextmanager
-def _reading(path: Location, what: str) -> Iterator[None]:
-    """Turn what h5py, zarr, a codec or a network raises about a damaged file into one sentence with the place."""
-    try:
-        yield
-    except ScgptError:
-        raise
-    except Exception as error:
-        raise SourceError(f"cannot be read: {path.cause(error)}", where=f"{path}, {what}", fix=RESTORE) from error
+        return reading(self.path, what)
 
 
 def _matrices(root: Element) -> list[str]:

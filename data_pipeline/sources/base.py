@@ -75,6 +75,10 @@ class Source(ABC):
     def other_matrices(self) -> list[str]:
         """The matrices that are not in use: X, raw, names of layers."""
 
+    def remarks(self) -> list[str]:
+        """What was left out or chosen on opening, in words."""
+        return []
+
     @property
     def chunk_bytes(self) -> int:
         """Bytes that a read holds beside the rows asked for: the source's chunks are decoded whole."""

@@ -27,6 +27,8 @@ class Kind:
 KINDS: Mapping[str, Kind] = {
     "h5ad": Kind("h5ad:H5ad", (".h5ad",)),
     "zarr": Kind("anndata_zarr:AnnDataZarr", (".zarr", ".zarr.zip"), ("zarr.json", ".zgroup")),
+    "10x_h5": Kind("tenx:TenxH5", (".h5",)),
+    "10x_mtx": Kind("tenx_folder:TenxFolder", holds=("*matrix.mtx", "*matrix.mtx.gz")),
 }
 
 

@@ -45,6 +45,19 @@ def read_block(folder: Path, first: int, last: int, n_genes: int, value_type: np
     return to_csr((entries["row"] - first, entries["column"], entries["value"]), (last - first, n_genes))
 
 
+def select_rows(slabs: Iterator[Entries], first: int, shape: tuple[int, int],
+                value_type: np.dtype[np.generic]) -> csr_array:
+    """Rows [first, first + shape[0]) of a matrix, gathered in one pass over all of it."""
+    parts = []
+    for rows, columns, values in slabs:
+        inside = np.flatnonzero((rows >= first) & (rows < first + shape[0]))
+        parts.append((rows[inside] - first, columns[inside], values[inside]))
+    if not parts:
+        return csr_array(shape, dtype=value_type)
+    rows, columns, values = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    return to_csr((rows, columns, values), shape)
+
+
 def to_csr(entries: Entries, shape: tuple[int, int]) -> csr_array:
     """Entries to CSR, those of a row in their order; two entries of one place stay two (tokenising adds them up)."""
     rows, columns, values = entries

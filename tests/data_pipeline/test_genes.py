@@ -129,3 +129,10 @@ def test_overlaps_of_published_studies(file: str, direct: int, renamed: int) -> 
         found = map_source(source, VOCAB)
     assert found.n_mapped - found.renamed == direct
     assert renamed <= found.renamed <= 1.1 * renamed   # more where an old name leads to another old name
+
+
+def test_the_names_of_probes_lead_to_their_gene() -> None:
+    names = ["ENSG00000167286|CD3D|8eab823", "ENSG00000153563|CD8A|1c2e", "TSPAN6|8eab823"]
+    found = match_genes(names, GeneVocab.named("scgpt-human"))
+    assert found.tokens.tolist()[:2] == [VOCAB["CD3D"], VOCAB["CD8A"]]
+    assert found.unmapped == ("TSPAN6|8eab823",)

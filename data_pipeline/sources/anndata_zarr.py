@@ -5,8 +5,9 @@ never written reads as zeros, as Zarr says; of a sparse matrix no chunk may be m
 """
 from typing import Any
 
-from data_pipeline.sources.anndata_files import RESTORE, AnnDataFile
+from data_pipeline.sources.anndata_files import AnnDataFile
 from data_pipeline.sources.base import AUTO
+from data_pipeline.sources.faults import RESTORE
 from data_pipeline.sources.location import Location
 from scgpt.errors import ScgptError, SourceError
 

@@ -140,7 +140,7 @@ def _genes_per_cell(splits: Sequence[TokenDataset]) -> Report:
     values = np.flatnonzero(cells_of)
     above = int(cells_of[CONTEXT_GENES + 1:].sum())
     n_cells = int(cells_of.sum())
-    return {"cells": n_cells, **_spread(values.astype(np.float64), cells_of[values]), "context_genes": CONTEXT_GENES,
+    return {"cells": n_cells, **spread(values.astype(np.float64), cells_of[values]), "context_genes": CONTEXT_GENES,
             "above_context": above, "above_context_share": above / max(n_cells, 1)}
 
 
@@ -154,7 +154,7 @@ def _counts_per_cell(splits: Sequence[TokenDataset]) -> Report:
         sums.extend(cell_sums(split.fetch(cells)) for cells in _fetchable(split, chosen))
         before += len(split)
     values, cells_of = np.unique(np.concatenate(sums), return_counts=True)
-    return {"cells": int(cells_of.sum()), "of_cells": n_cells, "every": every, **_spread(values, cells_of)}
+    return {"cells": int(cells_of.sum()), "of_cells": n_cells, "every": every, **spread(values, cells_of)}
 
 
 def _lengths(splits: Sequence[TokenDataset]) -> Iterator[NDArray[np.int64]]:
@@ -174,7 +174,7 @@ def _fetchable(split: TokenDataset, cells: NDArray[np.int64]) -> Iterator[NDArra
         start = stop
 
 
-def _spread(values: NDArray[np.float64], cells: NDArray[np.int64]) -> Report:
+def spread(values: NDArray[np.float64], cells: NDArray[np.int64]) -> Report:
     """Mean, quantiles and histogram of a quantity that `cells[i]` cells have the value `values[i]` of, ascending.
 
     A quantile is the smallest value that at least this share of the cells does not exceed. The bins are even in the

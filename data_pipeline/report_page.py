@@ -25,6 +25,8 @@ _REASONS = {"filter": "not matched by the filter", "no_genes": "no gene of the v
             "max_mito_fraction": "mitochondrial share above max_mito_fraction",
             "duplicate": "a copy of a cell that is kept"}
 
+_STYLES = {"symbol": "symbols", "ensembl": "Ensembl ids"}
+
 
 def page(report: Report) -> str:
     """The whole page; the same numbers give the same bytes."""
@@ -114,19 +116,20 @@ def _came_in(report: Report) -> Html:
     rows = []
     for place, source in enumerate(report["sources"]):
         at = ("sources", place)
-        parts = [(source["cells_kept"], ""), *((cells, tone[reason]) for reason, cells in source["filtered"].items())]
-        gone = join(join([f"; {_REASONS.get(reason, reason)}: ", _number(report, *at, "filtered", reason)])
-                    for reason, cells in source["filtered"].items() if cells)
+        gone = {reason: source["filtered"][reason] for reason in reasons if source["filtered"].get(reason)}
+        parts = [(source["cells_kept"], ""), *((cells, tone[reason]) for reason, cells in gone.items())]
+        kept = join(["; ", _number(report, *at, "mean_genes", form="decimal"), " genes and ",
+                     _number(report, *at, "mean_counts", form="decimal"), f" {_kind(report)} a kept cell"])
+        left_out = join(join([f"; {_REASONS.get(reason, reason)}: ", _number(report, *at, "filtered", reason)])
+                        for reason in gone)
         rows.append(tag(
             "li",
             tag("div", tag("span", source["name"], class_="name"),
                 tag("span", _number(report, *at, "cells_kept"), " of ", _number(report, *at, "cells_in"), " cells, ",
                     _number(report, *at, "kept_share", form="share")), class_="head"),
             _bar(parts, source["cells_in"], f"{source['cells_kept']:,} of {source['cells_in']:,} cells kept"),
-            tag("div", f"{source['file']}, ", _number(report, *at, "bytes", form="size"), "; ",
-                _number(report, *at, "mean_genes", form="decimal"), " genes and ",
-                _number(report, *at, "mean_counts", form="decimal"), f" {_kind(report)} a kept cell", gone,
-                class_="detail")))
+            tag("div", f"{source['file']}, ", _number(report, *at, "bytes", form="size"),
+                kept if source["cells_kept"] else "", left_out, class_="detail")))
     return _section("What came in, and what was kept",
                     _note("A cell that fails several limits counts under the first."),
                     tag("ul", *legend, class_="legend"), tag("ul", *rows, class_="rows"))
@@ -143,8 +146,9 @@ def _genes(report: Report) -> Html:
                 tag("span", _number(report, *at, "n_mapped"), " of ", _number(report, *at, "n_genes"), " genes, ",
                     _number(report, *at, "overlap", form="share")), class_="head"),
             _bar([(genes["n_mapped"], "")], genes["n_genes"], f"{genes['overlap']:.1%} of the genes have a token"),
-            tag("div", f"{genes['style']} names in {genes['column']}; ", _number(report, *at, "n_renamed"),
-                " found under another symbol, ", _number(report, *at, "n_merged"), " summed into another, ",
+            tag("div", f"{_STYLES.get(genes['style'], genes['style'])} in {genes['column']}; ",
+                _number(report, *at, "n_renamed"), " found under another symbol, ",
+                _number(report, *at, "n_merged"), " summed into another, ",
                 _number(report, *at, "n_unmapped"), " without a token that held ",
                 _number(report, *at, "unmapped_sum", form=form), f" {_kind(report)}", class_="detail")))
     named = []
@@ -162,6 +166,8 @@ def _genes(report: Report) -> Html:
 
 def _distributions(report: Report) -> Html:
     counts = report["counts_per_cell"]
+    if not counts["cells"]:
+        return _section("Cells", _note("There are none."))
     sampled = (_note("Of all cells.") if counts["every"] == 1 else
                _note("Of ", _number(report, "counts_per_cell", "cells"), " of ",
                      _number(report, "counts_per_cell", "of_cells"), " cells: one in every ",
@@ -240,7 +246,7 @@ def _splits(report: Report) -> Html:
              _number(report, "splits", name, "gene_values"), _number(report, "splits", name, "shards"),
              *(_number(report, "groups", group, "splits", name) for group in report["groups"])]
             for name, split in report["splits"].items()]
-    shared = [_note(_number(report, "groups", group, "shared"), f" {group}s are in more than one split.")
+    shared = [_note(f"{group}s in more than one split: ".capitalize(), _number(report, "groups", group, "shared"))
               for group in report["groups"]]
     by = report["config"].get("splits", {}).get("by", "cell")
     return _section("Splits", _note(f"Held out by {by}."),

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_pipeline import report as report_module
 from data_pipeline.report import measure, write_report
@@ -62,6 +64,17 @@ def test_the_numbers_are_those_of_every_cell(corpus: Path) -> None:
         assert found["histogram"]["cells"] == np.histogram(values, edges)[0].tolist()
         assert sum(found["histogram"]["cells"]) == len(values)
     assert report["genes_per_cell"]["above_context"] == (lengths > 1199).sum()
+
+
+@given(st.lists(st.one_of(st.integers(1, 70_000).map(float), st.floats(1e-6, 1e9)), min_size=1, max_size=60))
+def test_a_spread_is_that_of_the_values_one_by_one(values: list[float]) -> None:
+    found = report_module.spread(*np.unique(values, return_counts=True))
+    edges = np.array(found["histogram"]["edges"])
+    assert (np.diff(edges) > 0).all()
+    assert sum(found["histogram"]["cells"]) == len(values)
+    assert found["histogram"]["cells"] == np.histogram(values, edges)[0].tolist()
+    assert [found["min"], found["median"], found["p95"], found["max"]] == [
+        np.percentile(values, share, method="inverted_cdf") for share in (0, 50, 95, 100)]
 
 
 def test_every_cell_is_accounted_for(corpus: Path) -> None:

@@ -156,8 +156,7 @@ class Location:
             stream = system.open(path, "rb", block_size=_REMOTE_BLOCK_BYTES, cache_type="blockcache")
             if not stream.seekable():
                 stream.close()
-                raise SourceError("the server sends no parts of a file, only the whole", where=str(self),
-                                  fix="download it first")
+                raise _no_parts(self)
             return cast(BinaryIO, stream)
 
     def expand(self) -> "list[Location]":
@@ -217,11 +216,11 @@ class Location:
         with self._access():
             if self.is_remote:
                 system, path = self._system()
-                if size <= 2 * edge_bytes:   # in one request
-                    whole: bytes = system.cat_file(path, start=0, end=size) if size else b""
-                    return whole[:edge_bytes] + whole[tail:]
-                return bytes(system.cat_file(path, start=0, end=edge_bytes)
-                             + system.cat_file(path, start=tail, end=size))
+                spans = [(0, size)] if size <= 2 * edge_bytes else [(0, edge_bytes), (tail, size)]
+                parts = [bytes(system.cat_file(path, start=first, end=last)) for first, last in spans if last]
+                if [len(part) for part in parts] != [last - first for first, last in spans if last]:
+                    raise _no_parts(self)
+                return b"".join(parts) if len(parts) != 1 else parts[0][:edge_bytes] + parts[0][tail:]
             with Path(self.url).open("rb") as stream:
                 head = stream.read(edge_bytes)
                 stream.seek(tail)
@@ -284,6 +283,11 @@ def _entry(name: str, about: Mapping[str, Any]) -> Entry:
     if about.get("size") is None:
         raise SourceError("the server does not tell the size of the file", where=name, fix="download it first")
     return Entry(name, int(about["size"]), next((str(about[key]) for key in _STATE_KEYS if about.get(key)), ""))
+
+
+def _no_parts(location: Location) -> SourceError:
+    return SourceError("the server sends no parts of a file, only the whole", where=str(location),
+                       fix="download it first")
 
 
 def _telling(entries: Sequence[Entry]) -> list[Entry]:

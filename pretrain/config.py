@@ -4,8 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from pretrain.order import Blocks
 from scgpt.collate import CollateConfig
-from scgpt.config import Config, ConfigPath, Seed
+from scgpt.config import Config, ConfigPlace, Seed
 from scgpt.errors import ConfigError
 from scgpt.model.config import ModelConfig
 
@@ -20,12 +21,27 @@ MAY_DIFFER = ("train.max_steps", "train.max_epochs", "train.max_tokens", "train.
               "batch.micro_batch_size", "deepspeed.", "tracking.")
 
 
+class MixtureConfig(Config):
+    """One corpus of a mixture."""
+
+    path: ConfigPlace                      # folder or URL of a corpus
+    weight: Positive = 1.0                 # its share of the cells of a step, relative to the other weights
+
+
 class DataConfig(Config):
     """What is read."""
 
-    corpus: ConfigPath                     # folder that `scgpt data build` made
+    corpus: ConfigPlace | Annotated[list[MixtureConfig], Field(min_length=1)]   # one, or a mixture of several
+    order: Literal["shuffled", "blocks"] = "shuffled"   # blocks: neighbours together, for cold or remote storage
+    block_cells: PositiveInt = 1024        # cells of a block
+    window_blocks: PositiveInt = 64        # blocks that are mixed with each other
     valid_split: str | None = "valid"      # held-out split; null: no validation
     workers: NonNegativeInt = 2            # threads a rank that prepare steps ahead; 0: none
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """How neighbours are read together; None: every cell on its own."""
+        return Blocks(self.block_cells, self.window_blocks) if self.order == "blocks" else None
 
 
 class ObjectiveConfig(Config):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.order import global_batch, in_order
+from pretrain.mixture import Mixture
+from pretrain.order import Blocks, global_batch, in_order
 from pretrain.partition import micro_batches, of_rank
 from pretrain.prefetch import Prefetch
 from scgpt.collate import CollateConfig, PackedBatch, collate
@@ -73,6 +74,7 @@ class Loader:
         micro_batch_size: cells a forward pass.
         rank, world_size: whose micro-batches.
         workers: threads that prepare steps ahead; 0: none.
+        blocks: read blocks of neighbours, see `order.permute_in_blocks`; None: every cell on its own.
         evaluation: one pass in stored order, with the draws of epoch 0, instead of endless shuffled epochs.
 
     Raises ConfigError when the sizes do not fit each other.
@@ -80,7 +82,7 @@ class Loader:
 
     def __init__(self, cells: Cells, collate_config: CollateConfig, *, cls_id: int, seed: int, global_batch_size: int,
                  micro_batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 2,
-                 evaluation: bool = False) -> None:
+                 blocks: Blocks | None = None, evaluation: bool = False) -> None:
         share = micro_batch_size * world_size
         if not evaluation and global_batch_size % share:
             raise ConfigError(f"batch.global_batch_size {global_batch_size} is no multiple of batch.micro_batch_size "
@@ -88,14 +90,15 @@ class Loader:
                               fix=f"make it {max(1, round(global_batch_size / share)) * share}, or change the others")
         self.cells, self.collate_config, self.cls_id, self.seed = cells, collate_config, cls_id, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.rank, self.world_size, self.workers, self.evaluation = rank, world_size, workers, evaluation
+        self.rank, self.world_size, self.workers = rank, world_size, workers
+        self.blocks, self.evaluation = blocks, evaluation
 
     @classmethod
     def of_run(cls, config: "TrainConfig", cells: Cells, vocab: "GeneVocab", *, rank: int, world_size: int) -> "Loader":
         """The loader of a rank of a training."""
         return cls(cells, config.objective.collate_config(), cls_id=vocab[CLS], seed=config.train.seed,
                    global_batch_size=config.batch.global_batch_size, micro_batch_size=config.batch.micro_batch_size,
-                   rank=rank, world_size=world_size, workers=config.data.workers)
+                   rank=rank, world_size=world_size, workers=config.data.workers, blocks=config.data.blocks)
 
     @property
     def n_steps(self) -> int:
@@ -121,7 +124,9 @@ class Loader:
         size = self.global_batch_size
         if self.evaluation:
             return in_order(step, n_cells=len(self.cells), global_batch_size=size)
-        return global_batch(step, n_cells=len(self.cells), global_batch_size=size, seed=self.seed)
+        if isinstance(self.cells, Mixture):
+            return self.cells.batch(step, global_batch_size=size, seed=self.seed, blocks=self.blocks)
+        return global_batch(step, n_cells=len(self.cells), global_batch_size=size, seed=self.seed, blocks=self.blocks)
 
     def _collate(self, indices: NDArray[np.int64], epochs: NDArray[np.int64]) -> PackedBatch:
         cells = self.cells.fetch(indices)

@@ -9,14 +9,16 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.config import TrainConfig
+from pretrain.corpus import Corpus
 from pretrain.data import GlobalStep, Loader, to_tensors
 from pretrain.engine import Engine
 from pretrain.evaluation import HeldOut
 from pretrain.metrics import Window
+from pretrain.mixture import Mixture
 from pretrain.objectives import metric_names
 from pretrain.prefetch import Prefetch
 from pretrain.recovery import Interruption
-from pretrain.run_directory import CONFIG, DEEPSPEED, Corpus, OpenRun, open_run
+from pretrain.run_directory import CONFIG, DEEPSPEED, OpenRun, open_run
 from pretrain.schedule import learning_rate
 from pretrain.world import RankError, World, join_world
 from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED
@@ -130,8 +132,12 @@ class Training:
     def _tell(self, steps: Prefetch[GlobalStep]) -> None:
         """Write the means since the last row."""
         row = self.window.row(self.world, steps.wait_s)
+        cells = self.loader.cells
+        epochs = (cells.epochs(self.state.cells_seen, seed=self.config.train.seed) if isinstance(cells, Mixture)
+                  else [self.state.cells_seen / len(cells)])
         self.log.row({"step": self.state.step, "split": "train", **row, "grad_norm": self.engine.grad_norm,
-                      "cells_seen": self.state.cells_seen, "tokens_seen": self.state.tokens_seen})
+                      "cells_seen": self.state.cells_seen, "tokens_seen": self.state.tokens_seen,
+                      **{f"epochs_{corpus}": number for corpus, number in enumerate(epochs)}})
 
     def _validate(self) -> None:
         """Measure on the held-out cells; remember the best step."""

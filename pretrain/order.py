@@ -13,6 +13,7 @@ sent through again. O(1) memory, some 0.2 us an index at any n up to 2**62. A st
 8 GB on each rank and seconds an epoch.
 """
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
@@ -25,8 +26,16 @@ PERIOD = 1 << 16   # places after which a mixture has dealt out exactly its shar
 ROUNDS = 12   # chi-square over all 24 orders of 4 cells is flat from 6 on (tests); twice that for peace
 
 
-def global_batch(step: int, *, n_cells: int, global_batch_size: int,
-                 seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Neighbours that are read together, and how many such blocks are mixed with each other."""
+
+    cells: int     # of a block
+    window: int    # blocks
+
+
+def global_batch(step: int, *, n_cells: int, global_batch_size: int, seed: int,
+                 blocks: Blocks | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Cells of the training's global batch `step` (from 0): their indices and epochs, (global_batch_size,) int64 each.
 
     Raises DataError when there are no cells.
@@ -35,7 +44,14 @@ def global_batch(step: int, *, n_cells: int, global_batch_size: int,
         raise DataError("there are no cells to train on", fix="give a corpus whose training split has cells")
     positions = np.arange(global_batch_size) + step * global_batch_size
     epochs, places = np.divmod(positions, n_cells)
-    return permute(places, epochs, n_cells, seed), epochs
+    return _permuted(places, epochs, n_cells, seed, blocks), epochs
+
+
+def _permuted(places: NDArray[np.int64], epochs: NDArray[np.int64], n_cells: int, seed: Word,
+              blocks: Blocks | None) -> NDArray[np.int64]:
+    if blocks is None:
+        return permute(places, epochs, n_cells, seed)
+    return permute_in_blocks(places, epochs, n_cells, seed, blocks.cells, blocks.window)
 
 
 def shares(weights: Sequence[float]) -> NDArray[np.int64]:
@@ -55,8 +71,9 @@ def shares(weights: Sequence[float]) -> NDArray[np.int64]:
     return counts
 
 
-def mixed_batch(step: int, *, n_cells: Sequence[int], counts: NDArray[np.int64], global_batch_size: int,
-                seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def mixed_batch(step: int, *, n_cells: Sequence[int] | NDArray[np.int64], counts: NDArray[np.int64],
+                global_batch_size: int, seed: int, blocks: Blocks | None = None,
+                ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Cells of global batch `step` of a mixture: corpora, indices within them, epochs, (global_batch_size,) int64 each.
 
     Every PERIOD places hold exactly `counts` cells of the corpora, in a drawn order; each corpus goes through epochs of
@@ -68,19 +85,34 @@ def mixed_batch(step: int, *, n_cells: Sequence[int], counts: NDArray[np.int64],
         counts: (corpora,) see `shares`.
         global_batch_size: cells of a step.
         seed: of all draws.
+        blocks: see `permute_in_blocks`; None: `permute`.
     """
     periods, places = np.divmod(np.arange(global_batch_size) + step * global_batch_size, PERIOD)
-    slots = permute(places, periods, PERIOD, np.uint64(stream(seed, 0, 0, PURPOSE_MIXTURE)))
+    slots = _slots(places, periods, seed)
     ends = np.cumsum(counts)
     corpora = np.searchsorted(ends, slots, side="right")
     ordinals = periods * counts[corpora] + slots - (ends - counts)[corpora]
     epochs, places = np.divmod(ordinals, np.asarray(n_cells)[corpora])
     indices = np.empty_like(places)
-    for corpus, cells in enumerate(n_cells):
+    for corpus, cells in enumerate(np.asarray(n_cells).tolist()):
         own = np.flatnonzero(corpora == corpus)
         own = own[np.argsort(epochs[own], kind="stable")]   # keys are made anew where the epoch changes
-        indices[own] = permute(places[own], epochs[own], cells, np.uint64(stream(seed, 0, 1 + corpus, PURPOSE_MIXTURE)))
+        own_seed = np.uint64(stream(seed, 0, 1 + corpus, PURPOSE_MIXTURE))
+        indices[own] = _permuted(places[own], epochs[own], cells, own_seed, blocks)
     return corpora, indices, epochs
+
+
+def places_of(n_places: int, counts: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """How many of the first `n_places` places of a mixture fall to each corpus, (corpora,)."""
+    whole, rest = divmod(n_places, PERIOD)
+    slots = _slots(np.arange(rest), np.full(rest, whole), seed)
+    begun = np.bincount(np.searchsorted(np.cumsum(counts), slots, side="right"), minlength=len(counts))
+    return whole * counts + begun
+
+
+def _slots(places: NDArray[np.int64], periods: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """The permutation of each period of a mixture."""
+    return permute(places, periods, PERIOD, np.uint64(stream(seed, 0, 0, PURPOSE_MIXTURE)))
 
 
 def in_order(step: int, *, n_cells: int, global_batch_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

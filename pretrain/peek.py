@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pretrain.config import TrainConfig
+from pretrain.corpus import Corpus
 from pretrain.data import Loader
-from pretrain.run_directory import Corpus
 from scgpt.collate import PackedBatch
 from scgpt.data.schema import source_hash
 from scgpt.errors import ConfigError
@@ -52,7 +52,7 @@ def peek(config: TrainConfig, step: int, *, world_size: int = 1) -> Peek:
                           fix="give --step from 0 and --world-size from 1")
     config.batch.accumulation(world_size)
     corpus = Corpus.open(config)
-    names = {source_hash(source.name): source.name for source in corpus.train.manifest.sources}
+    names = {source_hash(source.name): source.name for manifest in corpus.manifests for source in manifest.sources}
     cells = tuple(sorted(cell for rank in range(world_size)
                          for batch in Loader.of_run(config, corpus.train, corpus.vocab, rank=rank,
                                                     world_size=world_size).load(step).micro_batches

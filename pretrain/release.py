@@ -101,10 +101,14 @@ def _data(state: RunState) -> str:
     splits = [f"| {name} | {split['cells']:,} | {split['tokens']:,} |" for name, split in corpus["splits"].items()]
     sources = [f"| {source['name']} | {source['cells_in']:,} | {source['cells_written']:,} |"
                for source in corpus["sources"]]
+    mixture = [f"| {part['sha256'][:16]} | {part['weight']:g} | {part['cells']:,} |"
+               for part in corpus.get("mixture", [])]
+    if mixture:
+        mixture = ["", "| corpus of the mixture | weight | train cells |", "|---|---|---|", *mixture]
     facts = (f"Token dataset with manifest sha256 `{corpus['sha256']}`, vocabulary `{corpus['vocab']}` (sha256 "
              f"`{corpus['vocab_sha256']}`), {corpus['expression_kind']}.")
     return "\n".join(["## Data", "", facts, "", "| split | cells | gene values |", "|---|---|---|", *splits, "",
-                      "| source | cells in | cells kept |", "|---|---|---|", *sources])
+                      "| source | cells in | cells kept |", "|---|---|---|", *sources, *mixture])
 
 
 def _training(config: TrainConfig, state: RunState) -> str:

@@ -8,63 +8,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from pretrain import checkpoint
 from pretrain.checkpoint import RunState
 from pretrain.config import TrainConfig, differences
+from pretrain.corpus import Corpus
 from pretrain.engine import resolve_precision
 from pretrain.metrics import RunLog, say
+from pretrain.mixture import Mixture
 from pretrain.recovery import hold_rank
 from pretrain.world import World
 from scgpt.config import load_config
 from scgpt.data import TokenDataset
 from scgpt.errors import ConfigError
 from scgpt.files import TEMPORARY_PREFIX, remove, write_bytes
-from scgpt.vocab import CLS, PAD, GeneVocab
 
 CONFIG, DEEPSPEED, VOCAB, CHECKPOINTS = "config.yaml", "deepspeed.json", "vocab.json", "checkpoints"
 _PACKAGES = ("scgpt-pretrain", "torch", "deepspeed", "numpy", "numba")
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """What a run learns from."""
-
-    train: TokenDataset
-    valid: TokenDataset | None   # None: no validation
-    vocab: GeneVocab
-
-    @classmethod
-    def open(cls, config: TrainConfig) -> "Corpus":
-        """Open the corpus of a configuration.
-
-        Raises DataError for what is no corpus or lacks a split, ConfigError for one whose vocabulary cannot serve.
-        """
-        train = TokenDataset.open(config.data.corpus, "train")
-        if not len(train):
-            raise ConfigError("the corpus has no cell to train on", where=str(config.data.corpus),
-                              fix="give another corpus, or build it with other filters and splits")
-        name = config.data.valid_split
-        valid = TokenDataset.open(config.data.corpus, name) if name is not None else None
-        missing = [token for token in (CLS, PAD) if token not in train.vocab]
-        if missing:
-            raise ConfigError(f"the corpus's vocabulary lacks {' and '.join(missing)}", where=str(config.data.corpus),
-                              fix="build the corpus with a vocabulary that holds them")
-        return cls(train, valid if valid is not None and len(valid) else None, train.vocab)
-
-    def facts(self) -> dict[str, Any]:
-        """What a checkpoint and a release say of it."""
-        manifest = self.train.manifest
-        return {"sha256": manifest.sha256, "vocab_sha256": manifest.vocab.sha256, "vocab": manifest.vocab.name,
-                "expression_kind": manifest.expression_kind,
-                "splits": {name: {"cells": split.cells, "tokens": split.tokens}
-                           for name, split in manifest.splits.items()},
-                "sources": [{"name": source.name, "cells_in": source.cells_in, "cells_written": source.cells_written}
-                            for source in manifest.sources]}
-
-
-def total_steps(config: TrainConfig, train: TokenDataset) -> int:
+def total_steps(config: TrainConfig, train: TokenDataset | Mixture) -> int:
     """Optimizer steps until the first of the limits of `train`; tokens are those of the average step."""
     limits, n_cells, size = config.train, len(train), config.batch.global_batch_size
     steps = [limits.max_steps] if limits.max_steps is not None else []
@@ -151,8 +114,8 @@ def _restore(path: Path, corpus: Corpus, log: RunLog) -> RunState:
     if state is None:
         write_bytes(path / VOCAB, corpus.vocab.to_bytes())
         return RunState()
-    if state.corpus["sha256"] != corpus.train.manifest.sha256:
-        raise ConfigError("the corpus is not the one that the run was started with", where=str(corpus.train.path),
+    if state.corpus["sha256"] != corpus.facts()["sha256"]:
+        raise ConfigError("the corpus is not the one that the run was started with", where=corpus.where,
                           fix="give data.corpus=DIR of that corpus, or another --out to start a new run")
     return state
 

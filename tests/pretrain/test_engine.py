@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pretrain.config import TrainConfig
+from pretrain.corpus import Corpus
 from pretrain.data import Loader, to_tensors
 from pretrain.engine import _seed, deepspeed_json, resolve_precision
-from pretrain.run_directory import Corpus
 from pretrain.schedule import learning_rate
 from scgpt.config import load_config
 from scgpt.errors import ConfigError

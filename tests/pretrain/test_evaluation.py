@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from pretrain.config import TrainConfig
+from pretrain.corpus import Corpus
 from pretrain.evaluation import EVALUATION_SEED, HeldOut
-from pretrain.run_directory import Corpus, total_steps
+from pretrain.run_directory import total_steps
 from pretrain.world import join_world
 from scgpt.collate import collate
 from scgpt.config import load_config
@@ -67,6 +68,6 @@ def test_the_first_limit_ends_a_run(corpus_dir):
 
 
 def test_a_corpus_without_the_special_tokens_is_refused(corpus_dir, monkeypatch):
-    monkeypatch.setattr("pretrain.run_directory.CLS", "<nothing>")
+    monkeypatch.setattr("pretrain.corpus.CLS", "<nothing>")
     with pytest.raises(ConfigError, match="vocabulary lacks <nothing>"):
         Corpus.open(config_of(corpus_dir))

@@ -3,9 +3,9 @@ import hashlib
 import pytest
 
 from pretrain.config import TrainConfig
+from pretrain.corpus import Corpus
 from pretrain.data import Loader
 from pretrain.peek import peek
-from pretrain.run_directory import Corpus
 from scgpt.config import load_config
 from scgpt.errors import ConfigError
 from tests.pretrain import runs

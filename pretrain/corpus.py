@@ -1,0 +1,86 @@
+"""What a run learns from: one corpus, or a mixture of several with one vocabulary."""
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.config import MixtureConfig, TrainConfig
+from pretrain.mixture import Mixture
+from scgpt.data import Manifest, TokenDataset
+from scgpt.errors import ConfigError
+from scgpt.files import json_bytes
+from scgpt.vocab import CLS, PAD, GeneVocab
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The open corpora of a configuration."""
+
+    train: TokenDataset | Mixture
+    valid: TokenDataset | Mixture | None   # None: no validation
+    vocab: GeneVocab
+    manifests: tuple[Manifest, ...]
+    weights: tuple[float, ...]             # of a mixture; (1.0,) for one corpus
+    where: str                             # folders or URLs, as told to the user
+
+    @classmethod
+    def open(cls, config: TrainConfig) -> "Corpus":
+        """Open the corpora of a configuration.
+
+        Raises DataError for what is no corpus or lacks a split, ConfigError for corpora whose vocabularies or kinds of
+        values cannot serve together.
+        """
+        given = config.data.corpus
+        parts = [MixtureConfig(path=given)] if isinstance(given, str) else given
+        where = ", ".join(part.path for part in parts)
+        train = [TokenDataset.open(part.path, "train") for part in parts]
+        _check_alike(train)
+        for part, dataset in zip(parts, train, strict=True):
+            if not len(dataset):
+                raise ConfigError("the corpus has no cell to train on", where=part.path,
+                                  fix="give another corpus, or build it with other filters and splits")
+        name = config.data.valid_split
+        valid = [TokenDataset.open(part.path, name) for part in parts] if name is not None else []
+        valid = [dataset for dataset in valid if len(dataset)]
+        vocab = train[0].vocab
+        missing = [token for token in (CLS, PAD) if token not in vocab]
+        if missing:
+            raise ConfigError(f"the corpus's vocabulary lacks {' and '.join(missing)}", where=where,
+                              fix="build the corpus with a vocabulary that holds them")
+        weights = tuple(part.weight for part in parts)
+        return cls(_joined(train, weights), _joined(valid, (1.0,) * len(valid)) if valid else None, vocab,
+                   tuple(dataset.manifest for dataset in train), weights, where)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint and a release say of it. `sha256` is that of the manifest; of a mixture, over all of it."""
+        first = self.manifests[0]
+        digests = [manifest.sha256 for manifest in self.manifests]
+        mixed = hashlib.sha256(json_bytes([digests, list(self.weights)])).hexdigest()
+        names = dict.fromkeys(name for manifest in self.manifests for name in manifest.splits)
+        facts = {"sha256": digests[0] if len(digests) == 1 else mixed, "vocab_sha256": first.vocab.sha256,
+                 "vocab": first.vocab.name, "expression_kind": first.expression_kind,
+                 "splits": {name: {what: sum(getattr(manifest.splits[name], what) for manifest in self.manifests
+                                             if name in manifest.splits) for what in ("cells", "tokens")}
+                            for name in names},
+                 "sources": [{"name": source.name, "cells_in": source.cells_in, "cells_written": source.cells_written}
+                             for manifest in self.manifests for source in manifest.sources]}
+        if len(digests) > 1:
+            facts["mixture"] = [{"sha256": digest, "weight": weight, "cells": manifest.splits["train"].cells}
+                                for digest, weight, manifest in zip(digests, self.weights, self.manifests, strict=True)]
+        return facts
+
+
+def _joined(parts: Sequence[TokenDataset], weights: tuple[float, ...]) -> TokenDataset | Mixture:
+    return parts[0] if len(parts) == 1 else Mixture(tuple(parts), weights)
+
+
+def _check_alike(parts: Sequence[TokenDataset]) -> None:
+    first = parts[0]
+    for other in parts[1:]:
+        if other.manifest.vocab.sha256 != first.manifest.vocab.sha256:
+            raise ConfigError("the corpora of a mixture have different vocabularies",
+                              where=f"{first.path}, {other.path}", fix="build them with one vocabulary")
+        if other.manifest.expression_kind != first.manifest.expression_kind:
+            raise ConfigError(f"the corpora of a mixture hold {first.manifest.expression_kind} and "
+                              f"{other.manifest.expression_kind}", where=f"{first.path}, {other.path}",
+                              fix="mix corpora of one kind of values")

@@ -1,0 +1,85 @@
+"""Several corpora as one: cells numbered through, each place of a run dealt out to a corpus by weight."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.order import Blocks, mixed_batch, places_of, shares
+from scgpt.data import RaggedBatch, TokenDataset
+from scgpt.data.schema import offsets_of
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Splits of corpora with one vocabulary. Cell i of corpus c has the index of the cells of the corpora before, + i.
+
+    Args:
+        parts: one split of each corpus.
+        weights: share of the places of a run that each gets, relative to the others.
+    """
+
+    parts: tuple[TokenDataset, ...]
+    weights: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return int(self.first_cells[-1])
+
+    @cached_property
+    def first_cells(self) -> NDArray[np.int64]:
+        """(corpora + 1,) cells before each corpus."""
+        return offsets_of(np.array([len(part) for part in self.parts]))
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """(corpora,) places of each in a period, see `order.shares`."""
+        return shares(self.weights)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Values of all cells, (len(self),)."""
+        return np.concatenate([part.lengths for part in self.parts])
+
+    def batch(self, step: int, *, global_batch_size: int, seed: int,
+              blocks: Blocks | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Cells of global batch `step` and the epochs of their corpora, (global_batch_size,) int64 each."""
+        corpora, indices, epochs = mixed_batch(step, n_cells=np.diff(self.first_cells), counts=self.counts,
+                                               global_batch_size=global_batch_size, seed=seed, blocks=blocks)
+        return self.first_cells[corpora] + indices, epochs
+
+    def epochs(self, n_cells: int, *, seed: int) -> list[float]:
+        """How often each corpus has been gone through after a run's first `n_cells` places."""
+        return [float(epochs) for epochs in places_of(n_cells, self.counts, seed) / np.diff(self.first_cells)]
+
+    def lengths_of(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Values of the given cells, (cells,), without reading them."""
+        lengths = np.empty(len(indices), np.int64)
+        for part, places, own in self._by_corpus(indices):
+            lengths[places] = part.lengths_of(own)
+        return lengths
+
+    def fetch(self, indices: NDArray[np.integer]) -> RaggedBatch:
+        """The given cells in the given order, with `cell_id`."""
+        parts = list(self._by_corpus(indices))
+        if len(parts) == 1:
+            return parts[0][0].fetch(parts[0][2])
+        fetched = [part.fetch(own) for part, _, own in parts]
+        value_type = _common([cells.expressions.dtype for cells in fetched])
+        joined = RaggedBatch.concatenate([RaggedBatch(cells.genes, cells.expressions.astype(value_type, copy=False),
+                                                      cells.offsets, cells.columns) for cells in fetched])
+        places = np.concatenate([places for _, places, _ in parts])
+        return joined.take(np.argsort(places, kind="stable"))
+
+    def _by_corpus(self, indices: NDArray[np.integer],
+                   ) -> "Sequence[tuple[TokenDataset, NDArray[np.int64], NDArray[np.int64]]]":
+        """(corpus, places in `indices`, cells within it) of each corpus that has some; the first one where none has."""
+        corpora = np.searchsorted(self.first_cells, indices, side="right") - 1
+        found = [(self.parts[corpus], places := np.flatnonzero(corpora == corpus),
+                  np.asarray(indices)[places] - self.first_cells[corpus]) for corpus in np.unique(corpora)]
+        return found or [(self.parts[0], np.empty(0, np.int64), np.empty(0, np.int64))]
+
+
+def _common(types: Sequence[np.dtype[np.generic]]) -> np.dtype[np.generic]:
+    """The type that holds the values of all: an integer type where all are, else float32."""
+    return np.result_type(*types) if all(kind.kind == "u" for kind in types) else np.dtype(np.float32)

@@ -4,7 +4,8 @@
     DIR/.build/plan.json   the hash of the plan, and the times of modification of its sources
     DIR/.build/records/    one JSON file a finished task: its result, and the files it made with bytes and sha256
     DIR/.build/runs/       the sorted cells of each block
-    DIR/.build/train/ ...  finished shards, until the commit moves them to DIR/train/ ...
+    DIR/.build/train/ ...  finished shards, until the commit moves them to DIR/train/ ... (train.zarr/ likewise)
+    DIR/.build/merged/     of the Zarr form: the merged shards that its stores are made of
 
 A record is written after the files it names. It counts when it carries the hash of the plan and its files are whole.
 """
@@ -23,7 +24,8 @@ from scgpt.data.manifest import MANIFEST, VOCAB
 from scgpt.errors import ConfigError, ScgptError
 
 BUILD, LOCK, RUN = ".build", ".lock", "run.json"
-_OURS = {BUILD, LOCK, RUN, MANIFEST, VOCAB, "report.html", "report.json", *SPLITS}
+STORES = tuple(f"{split}.zarr" for split in SPLITS)
+_OURS = {BUILD, LOCK, RUN, MANIFEST, VOCAB, "report.html", "report.json", *SPLITS, *STORES}
 
 Record = dict[str, Any]
 
@@ -44,6 +46,11 @@ class BuildDir:
     def runs(self) -> Path:
         """The folder of the runs."""
         return self.path / "runs"
+
+    @property
+    def merged(self) -> Path:
+        """The folder of the merged shards of the Zarr form."""
+        return self.path / "merged"
 
     def shards(self, split: str) -> Path:
         """The folder of a split's finished shards, before the commit."""
@@ -69,6 +76,11 @@ class BuildDir:
         files.write_json(self.path / "records" / f"{task}.json",
                          {"plan": self.plan_sha256, "files": entries, "result": result})
         return result
+
+    def remove_temporaries(self) -> None:
+        """Remove what killed attempts left, in all folders."""
+        for left in list(self.path.rglob(f"{files.TEMPORARY_PREFIX}*")):
+            files.remove(left)
 
     def _is_whole(self, file: str, bytes: int, sha256: str) -> bool:
         path = self.path / file
@@ -165,16 +177,16 @@ def _prepare(build: BuildDir, plan: Plan) -> None:
         untouched = False
     if not untouched:
         files.remove(build.path)
-        for name in (VOCAB, RUN, *SPLITS):
+        for name in (VOCAB, RUN, *SPLITS, *STORES):
             files.remove(build.out / name)
     for folder in ("records", "runs"):
         (build.path / folder).mkdir(parents=True, exist_ok=True)
+    for name in (*SPLITS, *STORES):
+        if (build.out / name).is_dir():
+            files.remove(build.path / name)
+            (build.out / name).rename(build.path / name)
     for split in SPLITS:
-        if (build.out / split).is_dir():
-            files.remove(build.shards(split))
-            (build.out / split).rename(build.shards(split))
         build.shards(split).mkdir(exist_ok=True)
-    for folder in ("", "records", "runs", *SPLITS):
-        files.remove_temporaries(build.path / folder)
+    build.remove_temporaries()
     if not untouched:
         files.write_json(build.path / "plan.json", content)

@@ -8,6 +8,7 @@ from data_pipeline.build_dir import RUN, BuildDir, Record
 from data_pipeline.cells import SPLITS
 from data_pipeline.ledger import Ledger
 from data_pipeline.plan import Plan, SourcePlan
+from data_pipeline.stores import store_split
 from scgpt import __version__, files
 from scgpt.data import Manifest
 from scgpt.data.manifest import VOCAB, GeneSummary, ShardEntry, SourceEntry, SplitEntry, VocabEntry
@@ -15,7 +16,8 @@ from scgpt.errors import SourceError
 
 
 def commit(build: BuildDir, plan: Plan, *, hashes: Sequence[str], blocks: Sequence[Record],
-           shards: Mapping[str, Sequence[Record]], timing: Mapping[str, Any]) -> Manifest:
+           shards: Mapping[str, Sequence[Record]], stores: Mapping[str, Sequence[Record]],
+           timing: Mapping[str, Any]) -> Manifest:
     """Check the books, move the shards to their place, write vocab.json, run.json and, at last, manifest.json.
 
     Args:
@@ -24,13 +26,14 @@ def commit(build: BuildDir, plan: Plan, *, hashes: Sequence[str], blocks: Sequen
         hashes: sha256 of each source file, in the order of the plan.
         blocks: the result of each block, in the order of the plan.
         shards: split -> the result of each shard, in order.
+        stores: split -> the result of each piece of its store; nothing in the Arrow form.
         timing: what run.json shall tell; no checksum covers it.
 
     Raises DataError when the books do not agree, SourceError when no cell was written.
     """
     ledgers = _by_source(plan, blocks)
     _check(plan, ledgers, shards)
-    splits = {name: _split_entry(shards[name]) for name in SPLITS if name in shards}
+    splits = {name: _split_entry(plan, name, shards[name], stores) for name in SPLITS if name in shards}
     manifest = Manifest(
         created_by=f"scgpt-pretrain {__version__}", expression_kind=plan.config.cells.expression_kind,
         vocab=VocabEntry(name=plan.config.portable()["vocab"], sha256=plan.vocab.sha256, tokens=len(plan.vocab)),
@@ -40,9 +43,11 @@ def commit(build: BuildDir, plan: Plan, *, hashes: Sequence[str], blocks: Sequen
         plan_sha256=plan.sha256, seed=plan.config.seed, config=dict(plan.config.portable()))
     plan.vocab.save_json(build.out / VOCAB)
     files.write_json(build.out / RUN, {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **timing})
-    for split in SPLITS:
-        if build.shards(split).is_dir() and split in splits:
-            build.shards(split).rename(build.out / split)
+    build.remove_temporaries()   # of attempts that were killed: what is moved holds nothing else
+    for split in splits:
+        for name in (split, f"{split}.zarr"):
+            if (build.path / name).is_dir():
+                (build.path / name).rename(build.out / name)
     files.fsync_path(build.out)
     manifest.write(build.out)
     files.remove(build.path)
@@ -73,10 +78,13 @@ def _check(plan: Plan, ledgers: Sequence[Ledger], shards: Mapping[str, Sequence[
                           where=", ".join(source.name for source in plan.sources), fix="loosen `cells`")
 
 
-def _split_entry(shards: Sequence[Record]) -> SplitEntry:
+def _split_entry(plan: Plan, split: str, shards: Sequence[Record],
+                 stores: Mapping[str, Sequence[Record]]) -> SplitEntry:
+    if split in stores:
+        return store_split(split, shards, stores[split], plan.config.shards)
     entries = [ShardEntry.model_validate(shard["entry"]) for shard in shards]
     return SplitEntry(cells=sum(entry.cells for entry in entries), tokens=sum(entry.tokens for entry in entries),
-                      shards=entries)
+                      shards=entries, compression=plan.config.shards.codec)
 
 
 def _source_entry(source: SourcePlan, digest: str, ledger: Ledger) -> SourceEntry:

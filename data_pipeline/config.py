@@ -8,6 +8,7 @@ from data_pipeline.obs_filter import ObsFilter
 from data_pipeline.sources.kinds import KINDS
 from data_pipeline.sources.location import Location
 from scgpt.config import Bytes, Config, ConfigPath, ConfigPlace, Seed
+from scgpt.data.ipc_message import Codec
 from scgpt.errors import ConfigError
 from scgpt.vocab import GeneVocab
 
@@ -87,10 +88,15 @@ class SplitsConfig(Config):
 class ShardsConfig(Config):
     """The files of the corpus."""
 
-    form: Literal["arrow"] = "arrow"
-    max_bytes: Annotated[Bytes, Field(ge=1 << 12)] = 512 << 20   # bytes of a token file, at most
-    compression: Literal["none"] = "none"
+    form: Literal["arrow", "zarr"] = "arrow"   # arrow: mapped, for training; zarr: for windows of cells, object stores
+    max_bytes: Annotated[Bytes, Field(ge=1 << 12)] = 512 << 20   # bytes of a token file, at most; before compression
+    compression: Literal["none", "zstd", "lz4"] = "none"   # for cold storage: such a corpus is not mapped but decoded
     shuffle: bool = True                   # a seeded permutation of all cells; false: the order of the sources
+
+    @property
+    def codec(self) -> Codec | None:
+        """The compression, None for none."""
+        return None if self.compression == "none" else self.compression
 
 
 class CorpusConfig(Config):

@@ -57,9 +57,9 @@ def build(config: CorpusConfig, out: Path, *, ray_address: str | None = None, fr
         if finished(directory):
             return BuildResult(_verified(out), {})
         with _ray(ray_address or os.environ.get("RAY_ADDRESS"), directory) as workers, progress:
-            hashes, blocks, shards = carry_out(directory, plan, workers, progress, seconds)
+            hashes, blocks, shards, stores = carry_out(directory, plan, workers, progress, seconds)
         with timed(seconds, "commit"), _disk_errors(out):
-            manifest = commit(directory, plan, hashes=hashes, blocks=blocks, shards=shards,
+            manifest = commit(directory, plan, hashes=hashes, blocks=blocks, shards=shards, stores=stores,
                               timing={"seconds": {name: round(value, 3) for name, value in seconds.items()}})
     return BuildResult(manifest, seconds)
 

@@ -3,15 +3,18 @@
 What an earlier build of the same plan has finished is found by its records, checked, and not done again.
 """
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
 
 from data_pipeline.build_dir import BuildDir, Record
 from data_pipeline.cells import SPLITS
 from data_pipeline.plan import Plan
 from data_pipeline.progress import Progress
+from data_pipeline.stores import store_pieces, write_store_piece
 from data_pipeline.tasks import (
     Layout,
     block_task,
@@ -25,7 +28,7 @@ from data_pipeline.tasks import (
     source_task,
     tokenize_to_run,
 )
-from scgpt.data.schema import expression_dtype
+from scgpt.data.schema import expression_dtype, gene_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +52,8 @@ class Workers(Protocol):
 
 
 def carry_out(directory: BuildDir, plan: Plan, workers: Workers, progress: Progress, seconds: dict[str, float],
-             ) -> tuple[list[str], list[Record], dict[str, list[Record]]]:
-    """Both passes: (sha256 of each source, result of each block, results of the shards of each split)."""
+             ) -> tuple[list[str], list[Record], dict[str, list[Record]], dict[str, list[Record]]]:
+    """All passes: (sha256 of each source, result of each block, and of each split those of its shards and store)."""
     layout = Layout(directory, plan.config, plan.n_values, tuple(plan.splits[name].n_shards for name in SPLITS))
     with timed(seconds, "tokenise"):
         shared = [workers.share(source) for source in plan.sources]
@@ -73,7 +76,26 @@ def carry_out(directory: BuildDir, plan: Plan, workers: Workers, progress: Progr
     shards: dict[str, list[Record]] = {name: [] for name in SPLITS}
     for task, record in zip(tasks, merged, strict=True):
         shards[task.split].append(record)
-    return [record["sha256"] for record in hashed], blocks, {name: found for name, found in shards.items() if found}
+    shards = {name: found for name, found in shards.items() if found}
+    stores: dict[str, list[Record]] = {}
+    if plan.config.shards.form == "zarr":
+        with timed(seconds, "store"):
+            stores = _write_stores(layout, plan, shards, value_type, workers, progress)
+    return [record["sha256"] for record in hashed], blocks, shards, stores
+
+
+def _write_stores(layout: Layout, plan: Plan, shards: Mapping[str, Sequence[Record]], value_type: str, workers: Workers,
+                  progress: Progress) -> dict[str, list[Record]]:
+    """The last pass of the Zarr form: the results of the files of each split's store."""
+    pieces = [piece for split, records in shards.items() for piece in store_pieces(
+        split, records, plan.config.shards, gene_type=gene_dtype(len(plan.vocab)),
+        expression_type=np.dtype(value_type))]
+    done = workers.run("store", layout, [Job(write_store_piece, piece.task, 1, (piece,)) for piece in pieces],
+                       "files", progress)
+    stores: dict[str, list[Record]] = {split: [] for split in shards}
+    for piece, record in zip(pieces, done, strict=True):
+        stores[piece.split].append(record)
+    return stores
 
 
 def _sources_to_cut(plan: Plan) -> dict[int, list[int]]:

@@ -98,10 +98,13 @@ def merge_to_shard(layout: Layout, task: ShardTask, expression_type: str) -> Rec
     """Gather a shard from its runs and write its two files."""
     runs = [(layout.build.runs / file, batch, source) for file, batch, source in task.parts]
     cells, known = merge_runs(runs, np.dtype(expression_type), layout.config.columns)
-    folder = layout.build.shards(task.split)
+    folder, shards = layout.build.shards(task.split), layout.config.shards
     tokens, obs = folder / f"part-{task.number:05d}.arrow", folder / f"part-{task.number:05d}.obs.parquet"
+    if shards.form == "zarr":
+        tokens = layout.build.merged / task.split / tokens.name
+        tokens.parent.mkdir(parents=True, exist_ok=True)
     with files.publish(tokens) as temporary:
-        batches = write_shard(temporary, cells)
+        batches = write_shard(temporary, cells, compression=shards.codec if shards.form == "arrow" else None)
     with files.publish(obs) as temporary:
         write_obs(temporary, known)
     sha256 = {path: files.sha256(path) for path in (tokens, obs)}

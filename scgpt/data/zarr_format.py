@@ -134,7 +134,12 @@ def write_shard(store: Path, layout: StoreLayout, array: str, number: int, span:
 def store_files(corpus: Path, store: str) -> list[FileEntry]:
     """What the manifest says of the files of the finished store in folder `store` of a corpus."""
     found = sorted(path.relative_to(corpus).as_posix() for path in (corpus / store).rglob("*") if path.is_file())
-    return [FileEntry(file=name, bytes=(corpus / name).stat().st_size, sha256=sha256(corpus / name)) for name in found]
+    return [file_entry(corpus, corpus / name) for name in found]
+
+
+def file_entry(corpus: Path, path: Path) -> FileEntry:
+    """What the manifest says of a finished file below `corpus`."""
+    return FileEntry(file=path.relative_to(corpus).as_posix(), bytes=path.stat().st_size, sha256=sha256(path))
 
 
 def _create(held: dict[str, Any], layout: StoreLayout, array: str) -> Any:

@@ -120,8 +120,8 @@ def build_here(config: CorpusConfig, out: Path, *, workers: Here | None = None, 
     """A build as `execute.build` does it, with `Here` in Ray's place."""
     plan = make_plan(config)
     with claim(out, plan, fresh=fresh) as directory:
-        hashes, blocks, shards = carry_out(directory, plan, workers or Here(), Progress(), {})
-        return commit(directory, plan, hashes=hashes, blocks=blocks, shards=shards, timing={})
+        hashes, blocks, shards, stores = carry_out(directory, plan, workers or Here(), Progress(), {})
+        return commit(directory, plan, hashes=hashes, blocks=blocks, shards=shards, stores=stores, timing={})
 
 
 def cells_of(corpus: Path) -> dict[tuple[str, int], dict[int, float]]:

@@ -181,10 +181,10 @@ def _refusal(source: Source, vocab: GeneVocab, best: GeneMap, gene_column: str, 
     columns = source.gene_columns() if gene_column == AUTO else [best.column]
     species = next(filter(None, (species_of(source.gene_names(column)) for column in columns)), None)
     expected = species_of([*vocab])
-    if species is not None and species != expected:
+    if species is not None and expected is not None and species != expected:
         return SourceError(f"{found}: these are {species} genes, {example}", where=where,
-                           fix=f"take {'an atlas' if expected is None else f'a {expected} atlas'}, or give a {species} "
-                               "vocabulary (vocab: PATH; scgpt vocab build makes one)")
+                           fix=f"take a {expected} atlas, or give a {species} vocabulary (vocab: PATH, made by "
+                               "scgpt vocab build)")
     if gene_column != AUTO:
         others = [match_genes(source.gene_names(column), vocab, column=column) for column in source.gene_columns()]
         better = max(others, key=lambda other: other.n_mapped)

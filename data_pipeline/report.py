@@ -29,6 +29,7 @@ _FETCH_VALUES = 1 << 24        # values fetched at once: some 70 MB
 _BINS = 44                     # of a histogram
 _QUANTILES = {"p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95}
 HTML_NAME = "report.html"
+FORMAT = "scgpt-corpus-report"
 
 
 def write_report(corpus: Path, out: Path | None = None) -> tuple[Path, Report]:
@@ -39,17 +40,25 @@ def write_report(corpus: Path, out: Path | None = None) -> tuple[Path, Report]:
         out: the page; None: `report.html` in the corpus, which no checksum covers.
 
     Returns the page's path and the numbers. Raises DataError when the folder is no corpus, ConfigError when `out` is
-    not called *.html.
+    not called *.html, or when the place of its numbers is taken by another file.
     """
     out = corpus / HTML_NAME if out is None else out
     if out.suffix != ".html":
         raise ConfigError("a page must be called *.html: its numbers go beside it as .json", where=str(out),
                           fix=f"give --out {out.with_suffix('.html')}")
+    if not _is_ours(out.with_suffix(".json")):
+        raise ConfigError("the numbers of the page go to a file that is there and is none of a report",
+                          where=str(out.with_suffix(".json")), fix="give another --out")
     report = measure(corpus)
     content = page(report).encode()
     write_bytes(out.with_suffix(".json"), json_bytes(report))
     write_bytes(out, content)
     return out, report
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file may be replaced: it is not there, or it holds the numbers of a report."""
+    return not path.exists() or f'"format": "{FORMAT}"'.encode() in path.read_bytes()[:100]
 
 
 def measure(corpus: Path) -> Report:
@@ -58,6 +67,7 @@ def measure(corpus: Path) -> Report:
     splits = {name: TokenDataset.open(corpus, name) for name, split in manifest.splits.items() if split.cells}
     columns = {name: _column_counts(corpus, manifest, name) for name in manifest.columns}
     return {
+        "format": FORMAT,
         "corpus": {"name": corpus.resolve().name, "manifest_sha256": manifest.sha256,
                    "plan_sha256": manifest.plan_sha256, "created_by": manifest.created_by,
                    "format_version": manifest.format_version,

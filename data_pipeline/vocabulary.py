@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.config import CorpusConfig, SourceConfig
-from data_pipeline.genes import ENSEMBL_ID, HUMAN, MOUSE, GeneTables, gene_tables, species_of
+from data_pipeline.genes import ENSEMBL_ID, HUMAN, MOUSE, gene_tables, species_of
 from data_pipeline.plan import expand
 from data_pipeline.sources import Source, open_source
 from data_pipeline.sources.base import AUTO
@@ -107,11 +107,10 @@ def _common_species(sources: Sequence[SourceConfig]) -> str:
 
 
 def _genes_of(source: Source, gene_column: str, species: str) -> SourceGenes:
-    tables = gene_tables()
     columns = source.gene_columns() if gene_column == AUTO else [gene_column]
     names = {column: source.gene_names(column) for column in columns}
-    best = max(columns, key=lambda column: sum(_is_known(name, species, tables) for name in set(names[column])))
-    tokens = {name: _token(name, species, tables) for name in names[best]}
+    best = max(columns, key=lambda column: sum(_is_known(name, species) for name in set(names[column])))
+    tokens = {name: token_of(name, species) for name in names[best]}
     genes = frozenset(token for token in tokens.values() if token)
     if not genes:
         raise SourceError(f"the column '{best}' of var holds no gene names", where=str(source.path),
@@ -120,21 +119,23 @@ def _genes_of(source: Source, gene_column: str, species: str) -> SourceGenes:
     return SourceGenes(source.name, best, len(names[best]), genes, renamed)
 
 
-def _is_known(name: str, species: str, tables: GeneTables) -> bool:
+def _is_known(name: str, species: str) -> bool:
     """Whether the tables of the species lead somewhere from this name."""
     if species == OTHER:
         return False
-    symbols = tables.current if species == HUMAN else tables.mouse_symbols
-    return _token(name, species, tables) in symbols
+    symbols = gene_tables().current if species == HUMAN else gene_tables().mouse_symbols
+    return token_of(name, species) in symbols
 
 
-def _token(name: str, species: str, tables: GeneTables) -> str:
+def token_of(name: str, species: str) -> str:
     """The one name of a gene: its symbol where the tables know it, else the name; empty for what is no gene."""
     if not name or (name.startswith("<") and name.endswith(">")):
         return ""
-    match = ENSEMBL_ID.fullmatch(name)
+    tables, match = gene_tables(), ENSEMBL_ID.fullmatch(name)
+    if match is not None and species == OTHER:
+        return match["id"]
     if match is not None:
-        symbols = {HUMAN: tables.symbol_of, MOUSE: tables.mouse}.get(species, {})
-        return symbols.get(match["id"], match["symbol"] or match["id"])
+        symbol_of = tables.symbol_of if species == HUMAN else tables.mouse
+        return symbol_of.get(match["id"], match["symbol"] or match["id"])
     later = tables.later.get(name, ()) if species == HUMAN and name not in tables.current else ()
     return next(iter(later)) if len(later) == 1 else name

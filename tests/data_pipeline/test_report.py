@@ -189,6 +189,16 @@ def test_a_page_is_refused_where_its_numbers_would_overwrite_it(corpus: Path, tm
         write_report(corpus, tmp_path / "page.json")
 
 
+def test_another_file_is_never_overwritten_by_the_numbers(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "package.json").write_text('{"name": "mine"}')
+    with pytest.raises(ConfigError, match="is none of a report"):
+        write_report(corpus, tmp_path / "package.html")
+    assert (tmp_path / "package.json").read_text() == '{"name": "mine"}'
+    assert not (tmp_path / "package.html").exists()
+    write_report(corpus, tmp_path / "page.html")
+    write_report(corpus, tmp_path / "page.html")
+
+
 def test_a_folder_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a corpus"):
         measure(tmp_path)

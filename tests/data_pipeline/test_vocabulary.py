@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_pipeline.genes import UNMAPPED, gene_tables, match_genes, species_of
 from data_pipeline.plan import make_plan
 from data_pipeline.sources import open_source
-from data_pipeline.vocabulary import BuiltVocab, build_vocab, publish_vocab, sources_of
+from data_pipeline.vocabulary import BuiltVocab, build_vocab, publish_vocab, sources_of, token_of
 from launch import cli
 from scgpt.data import TokenDataset
 from scgpt.errors import ConfigError, SourceError
@@ -88,6 +90,24 @@ def test_the_named_mouse_vocabulary_holds_every_symbol_and_fits_sixteen_bits() -
     assert len(vocab) < 1 << 16
     assert not any(token.startswith("ENSMUSG") for token in vocab)
     assert vocab.sha256 == GeneVocab.named(GENCODE_MOUSE).sha256
+
+
+HUMAN_NAMES = sorted(gene_tables().current)[::400]
+NAMES = st.one_of(
+    st.sampled_from(HUMAN_NAMES), st.sampled_from(sorted(gene_tables().later)[::150]),
+    st.sampled_from(sorted(gene_tables().symbol_of)[::400]),
+    st.builds("{}.{}".format, st.sampled_from(sorted(gene_tables().symbol_of)[::400]), st.integers(1, 30)),
+    st.builds("{}_{}".format, st.sampled_from(HUMAN_NAMES), st.sampled_from(sorted(gene_tables().symbol_of)[::400])),
+    st.sampled_from(sorted(gene_tables().mouse)[::900]), st.text(st.characters(codec="utf-8", exclude_characters="\0"),
+                                                                  min_size=1, max_size=8))
+
+
+@given(st.lists(NAMES, min_size=1, max_size=40), st.sampled_from(["human", "other"]))
+def test_every_gene_that_is_named_has_a_token_in_the_vocabulary_of_it(names: list[str], species: str) -> None:
+    genes = [name for name in names if not (name.startswith("<") and name.endswith(">"))]
+    tokens = sorted({token_of(name, species) for name in genes})
+    found = match_genes(genes, GeneVocab(tokens, SPECIAL_TOKENS, special_first=False))
+    assert found.unmapped == ()
 
 
 def test_rare_genes_are_left_out(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from data_pipeline.ledger import cell_sums
 from data_pipeline.report_page import Report, page
 from scgpt.data import Manifest, TokenDataset
-from scgpt.data.manifest import SourceEntry
+from scgpt.data.corpus_files import CorpusFiles
+from scgpt.data.manifest import SourceEntry, SplitEntry
 from scgpt.errors import ConfigError
 from scgpt.files import json_bytes, write_bytes
 
@@ -32,17 +33,21 @@ HTML_NAME = "report.html"
 FORMAT = "scgpt-corpus-report"
 
 
-def write_report(corpus: Path, out: Path | None = None) -> tuple[Path, Report]:
+def write_report(corpus: Path | str, out: Path | None = None) -> tuple[Path, Report]:
     """Draw the page of a corpus; its numbers go beside it as JSON.
 
     Args:
-        corpus: the corpus.
-        out: the page; None: `report.html` in the corpus, which no checksum covers.
+        corpus: its folder, or URL.
+        out: the page; None: `report.html` in the folder, which no checksum covers.
 
     Returns the page's path and the numbers. Raises DataError when the folder is no corpus, ConfigError when `out` is
-    not called *.html, or when the place of its numbers is taken by another file.
+    not called *.html, when the place of its numbers is taken by another file, or without `out` for a URL.
     """
-    out = corpus / HTML_NAME if out is None else out
+    folder = CorpusFiles(corpus).folder
+    if out is None and folder is None:
+        raise ConfigError("a page is not written behind a URL", where=CorpusFiles(corpus).where(),
+                          fix="say where it shall lie: --out FILE.html")
+    out = out or (folder or Path()) / HTML_NAME
     if out.suffix != ".html":
         raise ConfigError("a page must be called *.html: its numbers go beside it as .json", where=str(out),
                           fix=f"give --out {out.with_suffix('.html')}")
@@ -61,27 +66,27 @@ def _is_ours(path: Path) -> bool:
     return not path.exists() or f'"format": "{FORMAT}"'.encode() in path.read_bytes()[:100]
 
 
-def measure(corpus: Path) -> Report:
-    """All numbers of the page; the same corpus gives the same numbers."""
-    manifest = Manifest.read(corpus)
-    splits = {name: TokenDataset.open(corpus, name) for name, split in manifest.splits.items() if split.cells}
-    columns = {name: _column_counts(corpus, manifest, name) for name in manifest.columns}
+def measure(corpus: Path | str) -> Report:
+    """All numbers of the page of a corpus in a folder or behind a URL; the same corpus gives the same numbers."""
+    files = CorpusFiles(corpus)
+    manifest = Manifest.read(files)
+    splits = [TokenDataset.open(corpus, name) for name, split in manifest.splits.items() if split.cells]
+    columns = {name: _column_counts(files, manifest, name) for name in manifest.columns}
+    name = (files.where() if files.folder is None else str(files.folder.resolve())).rpartition("/")[2]
     return {
         "format": FORMAT,
-        "corpus": {"name": corpus.resolve().name, "manifest_sha256": manifest.sha256,
-                   "plan_sha256": manifest.plan_sha256, "created_by": manifest.created_by,
-                   "format_version": manifest.format_version,
+        "corpus": {"name": name, "manifest_sha256": manifest.sha256, "plan_sha256": manifest.plan_sha256,
+                   "created_by": manifest.created_by, "format_version": manifest.format_version,
                    "expression_kind": manifest.expression_kind, "seed": manifest.seed},
         "vocab": manifest.vocab.model_dump(),
         "totals": _totals(manifest),
         "filtered": _filtered(manifest.sources),
         "sources": [_source(source) for source in manifest.sources],
-        "genes_per_cell": _genes_per_cell(list(splits.values())),
-        "counts_per_cell": _counts_per_cell(list(splits.values())),
+        "genes_per_cell": _genes_per_cell(splits),
+        "counts_per_cell": _counts_per_cell(splits),
         "unmapped": _unmapped(manifest.sources),
         "columns": {name: _composition(counts) for name, counts in columns.items()},
-        "splits": {name: {"cells": split.cells, "gene_values": split.tokens, "shards": len(split.shards)}
-                   for name, split in manifest.splits.items()},
+        "splits": {name: _split(split) for name, split in manifest.splits.items()},
         "groups": {name: _groups(counts) for name, counts in columns.items() if name in ("donor", "dataset")},
         "files": _files(manifest),
         "config": manifest.config,
@@ -94,8 +99,7 @@ def _totals(manifest: Manifest) -> Report:
     return {"cells_in": cells_in, "cells_kept": kept, "cells_filtered": cells_in - kept,
             "kept_share": kept / max(cells_in, 1), "sources": len(manifest.sources),
             "gene_values": sum(split.tokens for split in manifest.splits.values()),
-            "shards": sum(len(split.shards) for split in manifest.splits.values()),
-            "bytes": sum(entry["bytes"] for entry in _files(manifest))}
+            "files": len(_files(manifest)), "bytes": sum(entry["bytes"] for entry in _files(manifest))}
 
 
 def _filtered(sources: Sequence[SourceEntry]) -> list[Report]:
@@ -116,10 +120,14 @@ def _source(source: SourceEntry) -> Report:
             "genes": {**genes, "n_unmapped": source.genes.n_genes - source.genes.n_mapped}}
 
 
+def _split(split: SplitEntry) -> Report:
+    return {"cells": split.cells, "gene_values": split.tokens, "files": sum(1 for _ in split.files()),
+            "bytes": sum(entry.bytes for entry in split.files()), "form": split.form,
+            "compression": split.compression or "none"}
+
+
 def _files(manifest: Manifest) -> list[Report]:
-    return [{"file": shard.file, "split": name, "cells": shard.cells, "gene_values": shard.tokens,
-             "bytes": shard.bytes + shard.obs.bytes, "sha256": shard.sha256, "obs_sha256": shard.obs.sha256}
-            for name, split in manifest.splits.items() for shard in split.shards]
+    return [entry.model_dump() for split in manifest.splits.values() for entry in split.files()]
 
 
 # ---- genes ----
@@ -208,13 +216,14 @@ def spread(values: NDArray[np.float64], cells: NDArray[np.int64]) -> Report:
 # ---- what is known of the cells ----
 
 
-def _column_counts(corpus: Path, manifest: Manifest, column: str) -> dict[str, Counter[str | None]]:
+def _column_counts(files: CorpusFiles, manifest: Manifest, column: str) -> dict[str, Counter[str | None]]:
     """Split -> value -> cells; None stands for cells without one."""
     found: dict[str, Counter[str | None]] = {}
     for name, split in manifest.splits.items():
         counts: Counter[str | None] = Counter()
         for part in split.parts:
-            values = pq.read_table(corpus / part.obs.file, columns=[column]).column(0)
+            with files.opened(part.obs.file) as stream:
+                values = pq.read_table(stream, columns=[column]).column(0)
             for item in pc.value_counts(values.cast(pa.string())).to_pylist():
                 counts[item["values"]] += item["counts"]
         found[name] = counts

@@ -97,7 +97,7 @@ def _header(report: Report) -> Html:
         ("gene values", "gene_values", "integer", [_number(report, "genes_per_cell", "mean", form="decimal"),
                                                    " a cell"]),
         ("sources", "sources", "integer", []),
-        ("on disk", "bytes", "size", [_number(report, "totals", "shards"), " shards"])]
+        ("on disk", "bytes", "size", [_number(report, "totals", "files"), " files"])]
     listed = (tag("div", tag("dt", label), tag("dd", _number(report, "totals", key, form=form), tag("small", *below)))
               for label, key, form, below in figures)
     lead = tag("p", _kind(report).capitalize(), " over the ", _number(report, "vocab", "tokens"),
@@ -243,23 +243,24 @@ def _known(report: Report) -> Html:
 def _splits(report: Report) -> Html:
     rows = [[name, _number(report, "splits", name, "cells"),
              f"{split['cells'] / max(report['totals']['cells_kept'], 1):.1%}",
-             _number(report, "splits", name, "gene_values"), _number(report, "splits", name, "shards"),
+             _number(report, "splits", name, "gene_values"), _number(report, "splits", name, "bytes", form="size"),
              *(_number(report, "groups", group, "splits", name) for group in report["groups"])]
             for name, split in report["splits"].items()]
     shared = [_note(f"{group}s in more than one split: ".capitalize(), _number(report, "groups", group, "shared"))
               for group in report["groups"]]
     by = report["config"].get("splits", {}).get("by", "cell")
-    return _section("Splits", _note(f"Held out by {by}."),
-                    _table(["split", "cells", "share", "gene values", "shards", *(f"{group}s" for group in
+    forms = sorted({split["form"] + ("" if split["compression"] == "none" else f", {split['compression']}")
+                    for split in report["splits"].values()})
+    return _section("Splits", _note(f"Held out by {by}. Stored as {' and '.join(forms)}."),
+                    _table(["split", "cells", "share", "gene values", "on disk", *(f"{group}s" for group in
                                                                                  report["groups"])], rows), *shared)
 
 
 def _files(report: Report) -> Html:
-    rows = [[tag("code", entry["file"]), _number(report, "files", place, "cells"),
-             _number(report, "files", place, "gene_values"), _number(report, "files", place, "bytes", form="size"),
-             tag("code", entry["sha256"])] for place, entry in enumerate(report["files"])]
-    table = _table(["file", "cells", "gene values", "with metadata", "sha256"], rows, text=(0, 4))
-    folded = table if len(rows) <= _FILES_SHOWN else tag("details", tag("summary", f"{len(rows):,} shards"), table)
+    rows = [[tag("code", entry["file"]), _number(report, "files", place, "bytes"), tag("code", entry["sha256"])]
+            for place, entry in enumerate(report["files"])]
+    table = _table(["file", "bytes", "sha256"], rows, text=(0, 2))
+    folded = table if len(rows) <= _FILES_SHOWN else tag("details", tag("summary", f"{len(rows):,} files"), table)
     inputs = _table(["source", "bytes", "sha256"], [
         [entry["file"], _number(report, "sources", place, "bytes"), tag("code", entry["sha256"])]
         for place, entry in enumerate(report["sources"])], text=(0, 2))

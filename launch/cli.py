@@ -258,7 +258,7 @@ def build_parser() -> argparse.ArgumentParser:
     cmd.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     cmd = add("report", report, "draw a corpus: what came in, what was kept and why, what the cells are",
               "scgpt report corpus --out corpus.html")
-    cmd.add_argument("corpus", metavar="CORPUS", type=Path)
+    cmd.add_argument("corpus", metavar="CORPUS", help="its folder, or a URL such as s3://bucket/corpus")
     _out(cmd, "the page; its numbers go beside it as .json (default: report.html in the corpus)", required=False)
     _add_vocab_command(_adder(commands.add_parser("vocab", help="make a vocabulary").add_subparsers(
         title="commands", required=True, metavar="COMMAND"), shared))

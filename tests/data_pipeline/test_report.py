@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from data_pipeline.report import measure, write_report
 from data_pipeline.report_page import FORMATS, page
 from launch import cli
 from scgpt.data import TokenDataset, verify_corpus
+from scgpt.data.convert import ConvertConfig, convert
 from scgpt.errors import ConfigError, DataError
 from tests import chromium
 from tests.data_pipeline.atlases import BLOOD, CHR21, build_here, config_of, random_counts, write_h5ad
@@ -112,6 +114,28 @@ def test_unmapped_genes_are_ranked_by_sources_then_cells(corpus: Path) -> None:
     assert unmapped["top"][0] == {"gene": "SELT", "sources": 2, "cells": 820}
     ranks = [(-entry["sources"], -entry["cells"], entry["gene"]) for entry in unmapped["top"]]
     assert ranks == sorted(ranks)
+
+
+@pytest.mark.parametrize("form", ["arrow", pytest.param("zarr", marks=pytest.mark.slow)])
+def test_any_form_anywhere_gives_the_same_numbers_of_cells(corpus: Path, tmp_path: Path, form: str) -> None:
+    convert(corpus, tmp_path / "other", ConvertConfig(form=form, compression="zstd" if form == "arrow" else "none"))
+    expected, found = measure(corpus), measure(tmp_path / "other")
+    for report in (expected, found):
+        for key in ("files", "bytes"):
+            report["totals"].pop(key)
+    for key in ("totals", "sources", "genes_per_cell", "counts_per_cell", "columns", "groups", "unmapped", "filtered"):
+        assert found[key] == expected[key]
+    assert {split["form"] for split in found["splits"].values()} == {form}
+    drawn = measure(tmp_path / "other")
+    assert all(text == FORMATS[kind](at(drawn, pointer)) for pointer, kind, text in numbers_of(page(drawn)))
+    remote = fsspec.filesystem("memory")
+    remote.put(str(tmp_path / "other"), f"/reports/{form}", recursive=True)
+    url = f"memory://reports/{form}"
+    assert {**measure(url), "corpus": None} == {**measure(tmp_path / "other"), "corpus": None}
+    assert measure(url)["corpus"]["name"] == form
+    with pytest.raises(ConfigError, match="--out FILE.html"):
+        write_report(url)
+    assert write_report(url, tmp_path / "remote.html")[0].exists()
 
 
 def test_a_sample_is_every_kth_cell_of_the_corpus(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

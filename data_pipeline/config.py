@@ -40,6 +40,7 @@ class SourceConfig(Config):
     kind: KindName = "auto"                # see sources/kinds.py; auto: by the name, else by what the folder holds
     layer: str = "auto"                    # X, raw or a layer's name; auto: X if it holds counts, else raw if that does
     gene_column: str = "auto"              # index or a column of var; auto: the one with most genes in the vocabulary
+    gene_table: Literal["scgpt-human"] | ConfigPlace | None = None   # of kind lists: what its gene ids stand for
     columns: Mapping[str, str] = {}        # name in the corpus -> name in this source's obs
     filter: FilterText | None = None       # an expression over obs columns that a cell must satisfy
 
@@ -130,5 +131,6 @@ class CorpusConfig(Config):
         values = self.model_dump(mode="json")
         for source, config in zip(values["sources"], self.sources, strict=True):
             source["path"] = Location.of(config.path).name
+            source["gene_table"] = None if config.gene_table is None else Location.of(config.gene_table).name
         values["vocab"] = str(self.vocab).rpartition("/")[2]
         return values

@@ -54,7 +54,8 @@ class SourcePlan:
 
     def open(self) -> Source:
         """The source as it was planned; every worker opens its own."""
-        return open_source(self.path, name=self.name, kind=self.kind, layer=self.layer)
+        return open_source(self.path, name=self.name, kind=self.kind, layer=self.layer,
+                           gene_table=self.config.gene_table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +119,8 @@ def make_plan(config: CorpusConfig) -> Plan:
     totals = np.zeros((len(SPLITS), 2))
     for location, source_config in expand(config.sources):
         known = location.fingerprint()
-        with open_source(location, name=source_config.name, kind=source_config.kind,
-                         layer=source_config.layer) as source:
+        with open_source(location, name=source_config.name, kind=source_config.kind, layer=source_config.layer,
+                         gene_table=source_config.gene_table) as source:
             planned = _plan_source(source, known, source_config, config, vocab)
             totals += _split_totals(source, planned, config)
         sources.append(planned)

@@ -40,6 +40,9 @@ def tokenize_block(source: Source, gene_map: GeneMap, first: int, last: int, *, 
     Raises SourceError naming the row for values that are negative, NaN, infinite or (with `counts`) not integers.
     """
     rows = source.read_rows(first, last)
+    if rows.shape[1] != len(gene_map.tokens):   # a gene table beside the source: no check of the source itself sees it
+        raise SourceError(f"it has {rows.shape[1]} genes, {len(gene_map.tokens)} when the corpus was planned",
+                          where=str(source.path), fix="start the build again once nothing writes to it")
     data = rows.data if rows.data.dtype in (np.float32, np.float64) else rows.data.astype(np.float64)
     indptr, columns = rows.indptr.astype(np.int64), rows.indices.astype(np.int32, copy=False)
     n_cells = last - first

@@ -71,7 +71,8 @@ def build_vocab(sources: Sequence[SourceConfig], *, species: str = AUTO, min_sou
     species = _common_species(sources) if species == AUTO else species
     found = []
     for location, config in expand(sources):
-        with open_source(location, name=config.name, kind=config.kind, layer=config.layer) as source:
+        with open_source(location, name=config.name, kind=config.kind, layer=config.layer,
+                         gene_table=config.gene_table) as source:
             found.append(_genes_of(source, config.gene_column, species))
     times = Counter(token for genes in found for token in genes.tokens)
     kept = sorted(token for token, count in times.items() if count >= min_sources)
@@ -94,7 +95,8 @@ def _common_species(sources: Sequence[SourceConfig]) -> str:
     """What most names of all sources are; ConfigError when two sources differ."""
     seen: dict[str, str] = {}
     for location, config in expand(sources):
-        with open_source(location, name=config.name, kind=config.kind, layer=config.layer) as source:
+        with open_source(location, name=config.name, kind=config.kind, layer=config.layer,
+                         gene_table=config.gene_table) as source:
             columns = source.gene_columns() if config.gene_column == AUTO else [config.gene_column]
             told = next(filter(None, (species_of(source.gene_names(column)) for column in columns)), None)
         if told is not None:

@@ -11,7 +11,7 @@ from typing import cast
 
 from data_pipeline.sources.base import AUTO, Source
 from data_pipeline.sources.location import Location
-from scgpt.errors import SourceError
+from scgpt.errors import ConfigError, SourceError
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,7 @@ class Kind:
     reader: str                     # module:class, imported when such a source is opened
     suffixes: tuple[str, ...] = ()  # of a file's or a folder's name
     holds: tuple[str, ...] = ()     # globs of names: a folder with one of them in it is of this kind
+    ids: bool = False               # holds ids of genes: its reader's `open` takes a `gene_table`
 
 
 # In the order in which `auto` tries them.
@@ -29,11 +30,14 @@ KINDS: Mapping[str, Kind] = {
     "zarr": Kind("anndata_zarr:AnnDataZarr", (".zarr", ".zarr.zip"), ("zarr.json", ".zgroup")),
     "10x_h5": Kind("tenx:TenxH5", (".h5",)),
     "10x_mtx": Kind("tenx_folder:TenxFolder", holds=("*matrix.mtx", "*matrix.mtx.gz")),
+    "scbank": Kind("lists:ScBank", (".scb",), ("*.datatable.*", "gene_vocab.json"), ids=True),
+    "lists": Kind("lists:ListTable", (".parquet", ".arrow", ".feather"),
+                  ("*.parquet", "*.arrow", "*.feather", "dataset_dict.json"), ids=True),
 }
 
 
 def open_source(place: Location | Path | str, *, name: str | None = None, kind: str = AUTO,
-                layer: str = AUTO) -> Source:
+                layer: str = AUTO, gene_table: str | None = None) -> Source:
     """Open an atlas; headers only.
 
     Args:
@@ -41,16 +45,20 @@ def open_source(place: Location | Path | str, *, name: str | None = None, kind: 
         name: of the source; None: the file's or folder's name without its ending.
         kind: one of KINDS, or `auto` to go by the name, then, for a folder, by what is in it.
         layer: `X`, `raw`, the name of a layer; `auto`: X where it holds counts, else raw where that does, else X.
+        gene_table: of a kind that holds ids instead of genes: what they stand for.
 
-    Raises SourceError when there is no such source, or it is not what its kind says.
+    Raises SourceError when there is no such source, or it is not what its kind says; ConfigError for a gene table that
+    is missing, or of no use.
     """
     location = Location.of(place)
     if not location.exists():
         raise SourceError("there is no such file", where=str(location), fix="check the path")
     kind = kind_of(location) if kind == AUTO else kind
     module, _, reader = KINDS[kind].reader.partition(":")
+    if gene_table is not None and not KINDS[kind].ids:
+        raise ConfigError(f"the kind {kind} names its genes itself", where=str(location), fix="leave gene_table out")
     opened = getattr(import_module(f"data_pipeline.sources.{module}"), reader).open(
-        location, name=name or location.stem, layer=layer)
+        location, name=name or location.stem, layer=layer, **({"gene_table": gene_table} if KINDS[kind].ids else {}))
     opened.kind = kind
     return cast(Source, opened)
 

@@ -1,6 +1,9 @@
 """The same matrix in the formats of others, written as their tools write them."""
+import contextlib
 import gzip
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,20 @@ import numpy as np
 from scipy import sparse
 
 from tests.data_pipeline.atlases import GENES
+
+
+@contextlib.contextmanager
+def on_memory(path: Path) -> Iterator[str]:
+    """A copy of a file or a folder behind a URL."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    try:
+        for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+            system.pipe(f"/formats/{file.relative_to(path.parent).as_posix()}", file.read_bytes())
+        yield f"memory://formats/{path.name}"
+    finally:
+        system.rm("/formats", recursive=True)
 
 
 def gene_names(n_genes: int) -> list[str]:
@@ -76,3 +93,34 @@ def write_tenx_folder(folder: Path, counts: Any, *, v2: bool = False, compressed
         path = folder / f"{prefix}{name}{'.gz' if compressed else ''}"
         path.write_bytes(gzip.compress(content) if compressed else content)
     return folder
+
+
+FIRST_ID = 3   # of the genes in tables of lists; below: special tokens, as Tahoe-100M and scGPT number them
+
+
+def vocab_of(symbols: Sequence[str]) -> dict[str, int]:
+    """name -> id: special tokens first, and a gap in the middle."""
+    half = len(symbols) // 2
+    return {"<pad>": 0, "<cls>": 1, "<eoc>": 2} | {
+        name: FIRST_ID + place + (place >= half) for place, name in enumerate(symbols)}
+
+
+def lists_of(counts: Any, *, marker: bool = False, absent: bool = False) -> dict[str, list[Any]]:
+    """The columns `genes` and `expressions` of a cells x genes matrix, ids by `vocab_of`.
+
+    marker: each list begins with `<cls>` and -2, as scGPT's and Tahoe-100M's tables; absent: without an expression.
+    """
+    matrix = sparse.csr_matrix(counts)
+    ids = np.array(list(vocab_of(gene_names(matrix.shape[1])).values())[3:])
+    lists: dict[str, list[Any]] = {"genes": [], "expressions": []}
+    for first, last in pairwise(matrix.indptr):
+        before = [1] if marker else []
+        lists["genes"].append(before + ids[matrix.indices[first:last]].tolist())
+        lists["expressions"].append([None if absent else -2.0] * len(before) + matrix.data[first:last].tolist())
+    return lists
+
+
+def write_vocab(path: Path, n_genes: int) -> Path:
+    """A vocab.json for `lists_of`."""
+    path.write_text(json.dumps(vocab_of(gene_names(n_genes))))
+    return path

@@ -13,7 +13,7 @@ from data_pipeline.genes import map_source
 from data_pipeline.sources import open_source
 from scgpt.errors import ConfigError, ScgptError, SourceError
 from tests.data_pipeline.atlases import VOCAB, build_here, cells_of, config_of, random_counts, spoil, write_h5ad
-from tests.data_pipeline.sources.formats import gene_names, write_tenx_h5, write_tenx_v2
+from tests.data_pipeline.sources.formats import gene_names, on_memory, write_tenx_h5, write_tenx_v2
 
 needs_shared = pytest.mark.skipif("SCGPT_SHARED" not in os.environ,
                                   reason="SCGPT_SHARED names no folder with the shared data")
@@ -83,6 +83,12 @@ def test_a_build_has_the_cells_of_the_same_h5ad(tmp_path: Path) -> None:
     manifest = build_here(config_of({"path": str(path), "columns": {"donor": "barcode"}}), tmp_path / "found")
     assert cells_of(tmp_path / "found") == cells_of(tmp_path / "expected")
     assert manifest.sources[0].cells_in == 60
+
+
+def test_a_file_behind_a_url_reads_the_same(tmp_path: Path) -> None:
+    with on_memory(write_tenx_h5(tmp_path / "a.h5", COUNTS)) as url, open_source(url) as source:
+        assert (source.kind, source.name) == ("10x_h5", "a")
+        assert np.array_equal(source.read_rows(17, 44).toarray(), COUNTS[17:44].toarray())
 
 
 BAD = {

@@ -11,7 +11,7 @@ from data_pipeline import plan
 from data_pipeline.sources import matrix_market, open_source
 from scgpt.errors import ScgptError, SourceError
 from tests.data_pipeline.atlases import build_here, cells_of, config_of, random_counts, write_h5ad
-from tests.data_pipeline.sources.formats import gene_names, write_tenx_folder
+from tests.data_pipeline.sources.formats import gene_names, on_memory, write_tenx_folder
 
 COUNTS = random_counts(1, 60, 40)
 
@@ -70,6 +70,12 @@ def test_a_build_has_the_cells_of_the_same_h5ad(tmp_path: Path, block_values: in
     build_here(config_of(write_h5ad(tmp_path / "a.h5ad", COUNTS)), tmp_path / "expected")
     build_here(config_of(write_tenx_folder(tmp_path / "a", COUNTS)), tmp_path / "found")
     assert cells_of(tmp_path / "found") == cells_of(tmp_path / "expected")
+
+
+def test_a_folder_behind_a_url_reads_the_same(tmp_path: Path) -> None:
+    with on_memory(write_tenx_folder(tmp_path / "lung", COUNTS)) as url, open_source(url) as source:
+        assert (source.kind, source.name) == ("10x_mtx", "lung")
+        assert np.array_equal(source.read_rows(17, 44).toarray(), COUNTS[17:44].toarray())
 
 
 def change(file: str, old: bytes, new: bytes) -> object:

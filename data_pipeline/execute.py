@@ -5,6 +5,7 @@ files carry the attempt, equal work gives equal bytes, and the record follows th
 """
 import os
 import secrets
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from data_pipeline.progress import Progress
 from data_pipeline.ray_folder import ray_folder
 from data_pipeline.tasks import Layout
 from scgpt.data import Manifest, verify_corpus
-from scgpt.errors import DataError, ScgptError
+from scgpt.errors import ConfigError, DataError, ScgptError
 
 _OBJECT_STORE_BYTES = 80 << 20   # records are small; the least that Ray takes is 75 MiB
+_CONNECT_S = 10.0                # for the head of a cluster to answer
 _RETRIES = 5                     # of a task whose worker was lost; a task that raises is not tried again
 _IN_FLIGHT = 4                   # tasks handed to Ray for each CPU
 
@@ -42,7 +44,7 @@ def build(config: CorpusConfig, out: Path, *, ray_address: str | None = None, fr
     Args:
         config: what goes into the corpus.
         out: its directory; every node of the cluster must see it.
-        ray_address: a Ray cluster to join; None: RAY_ADDRESS, else a local one that ends with the build.
+        ray_address: a Ray cluster to join; None: RAY_ADDRESS, else a local one that ends with the build ("local").
         fresh: replace what another build has left in `out`.
         progress: where to tell how far it is.
 
@@ -134,6 +136,7 @@ def _ray(address: str | None, directory: BuildDir) -> Iterator[RayWorkers]:
     """Join the Ray cluster at `address`, or start one on this machine that ends, and leaves nothing, with the block."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")   # only silences a warning
+    address = None if address == "local" else address
     if address is None:
         # A token of our own: Ray would otherwise make one in the user's home. Read once a process, so set it once.
         if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
@@ -151,7 +154,7 @@ def _ray(address: str | None, directory: BuildDir) -> Iterator[RayWorkers]:
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
-        ray.init(address=address, **options)
+        _join(ray, address, options)
         try:
             _probe(ray, directory)
             yield RayWorkers(ray, directory.out)
@@ -165,6 +168,19 @@ def _ray(address: str | None, directory: BuildDir) -> Iterator[RayWorkers]:
             yield RayWorkers(ray, directory.out)
         finally:
             ray.shutdown()
+
+
+def _join(ray: Any, address: str, options: dict[str, Any]) -> None:
+    """Connect to a cluster. Raises ConfigError where none answers (Ray itself would go on trying for minutes)."""
+    fix = "give --ray-address HOST:PORT as `ray start --head` has it, and RAY_AUTH_TOKEN_PATH if it wants a token"
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        if colon and port.isdigit():
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
+        ray.init(address=address, **options)
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise ConfigError(f"no Ray cluster can be joined: {cause}", where=address, fix=fix) from error
 
 
 def _probe(ray: Any, directory: BuildDir) -> None:

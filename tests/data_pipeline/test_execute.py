@@ -20,7 +20,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.ray_folder import TEMPORARY
 from scgpt.config import load_config
 from scgpt.data import Manifest, TokenDataset, verify_corpus
-from scgpt.errors import DataError, SourceError
+from scgpt.errors import ConfigError, DataError, SourceError
 from tests.data_pipeline.atlases import ROOT, build_here, bytes_of, cells_of, config_of, random_counts, write_h5ad
 
 # A driver of its own: small blocks and shards, so that there are many tasks; prints when it is done.
@@ -52,8 +52,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Build
 
 
 @pytest.fixture(autouse=True)
-def own_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Short, as Ray needs it, and shared with no other build on the machine."""
+    tmp_path_factory.getbasetemp()   # pytest's own folder must not be made inside
     with tempfile.TemporaryDirectory(prefix="b-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         monkeypatch.setenv("TMPDIR", folder)
         monkeypatch.setattr(tempfile, "tempdir", folder)
@@ -116,6 +117,15 @@ def test_a_complete_corpus_is_checked_and_not_built_again(demo: tuple[Path, Buil
             build(load_config(CorpusConfig, "demo", kind="corpus"), out)
     finally:
         part.write_bytes(content)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid:6379", "127.0.0.1:70000"])
+def test_an_address_where_no_cluster_answers_is_told_at_once(tmp_path: Path, address: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match="no Ray cluster can be joined: .*--ray-address HOST:PORT"):
+        build(load_config(CorpusConfig, "demo", kind="corpus"), tmp_path / "out", ray_address=address)
+    assert time.monotonic() - started < 30
+    assert not (tmp_path / "out").exists()
 
 
 # ---- slow: each starts Ray at least once

@@ -1,0 +1,212 @@
+"""A Ray cluster of two hosts: two network namespaces with a cable between them, started as a user would."""
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from scgpt.data import verify_corpus
+from tests.data_pipeline.atlases import ROOT, build_here, bytes_of, random_counts, write_h5ad
+
+RAY = Path(sys.executable).with_name("ray")
+FIRST, SECOND, PORT = "10.77.0.1", "10.77.0.2", 6399   # of this cable only: no other run sees them
+N_SOURCES = 10
+
+
+def can_make_namespaces() -> bool:
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        return False
+    name = f"scgpt-probe-{secrets.token_hex(3)}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode == 0
+    if made:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+    return made
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.system,
+              pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2 and network namespaces")]
+
+
+@dataclass
+class Cluster:
+    """Two hosts that share a disk; what lies in `private` is another folder on the second."""
+
+    folder: Path          # short: Ray's sockets lie below it
+    names: tuple[str, str]
+    environment: dict[str, str]
+
+    @property
+    def private(self) -> Path:
+        return self.folder / "private"
+
+    def command(self, host: int, *words: str) -> list[str]:
+        return ["ip", "netns", "exec", self.names[host], *words]
+
+    def start_ray(self, host: int) -> None:
+        options = [f"--node-ip-address={(FIRST, SECOND)[host]}", "--num-cpus=1", "--num-gpus=0",
+                   "--object-store-memory=80000000", f"--temp-dir={self.folder / 'ab'[host]}"]
+        where = [f"--address={FIRST}:{PORT}"] if host else ["--head", f"--port={PORT}", "--include-dashboard=false"]
+        words = [str(RAY), "start", *where, *options]
+        if host == 1:   # `ip netns exec` gives a mount namespace of its own
+            words = ["sh", "-c", f"mount -t tmpfs none {self.private} && exec {' '.join(words)}"]
+        done = subprocess.run(self.command(host, *words), env=self.environment, capture_output=True, text=True,
+                              timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def build(self, out: Path, **environment: str) -> "subprocess.Popen[str]":
+        words = [sys.executable, "-m", "launch.cli", "data", "build", str(self.folder / "corpus.yaml"), "--out",
+                 str(out), "--ray-address", f"{FIRST}:{PORT}", "--json"]
+        return subprocess.Popen(self.command(0, *words), env={**self.environment, **environment}, cwd=ROOT, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def processes(self, host: int) -> list[int]:
+        found = subprocess.run(["ip", "netns", "pids", self.names[host]], capture_output=True, text=True, check=False)
+        return [int(word) for word in found.stdout.split()]
+
+    def at_work(self, host: int) -> bool:
+        """Whether a task of a build is running on a host."""
+        for process in self.processes(host):
+            try:
+                if Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::find_or_do"):
+                    return True
+            except OSError:   # it has ended
+                continue
+        return False
+
+    def kill(self, host: int) -> None:
+        deadline = time.monotonic() + 20
+        while (left := self.processes(host)) and time.monotonic() < deadline:
+            for process in left:
+                try:
+                    os.kill(process, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.05)
+        assert not left
+
+
+def cable(names: tuple[str, str], cleanup: ExitStack) -> None:
+    """Two network namespaces, an `eth0` in each."""
+    for name in names:
+        subprocess.run(["ip", "netns", "add", name], check=True)
+        cleanup.callback(subprocess.run, ["ip", "netns", "del", name], check=True)
+    subprocess.run(["ip", "-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns",
+                    names[1]], check=True)
+    for name, address in zip(names, (FIRST, SECOND), strict=True):
+        subprocess.run(["ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0"], check=True)
+        for link in ("lo", "eth0"):
+            subprocess.run(["ip", "-n", name, "link", "set", link, "up"], check=True)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    word = secrets.token_hex(3)
+    with ExitStack() as cleanup:
+        folder = Path(tempfile.mkdtemp(prefix="h-", dir="/tmp"))
+        cleanup.callback(shutil.rmtree, folder)
+        for name in ("private", "home"):
+            (folder / name).mkdir()
+        for i in range(N_SOURCES):
+            write_h5ad(folder / f"atlas{i}.h5ad", random_counts(i, 1500, 400, 0.1))
+        (folder / "corpus.yaml").write_text("sources: ['atlas*.h5ad']\ncells: {min_genes: 10}\nsplits: {valid: 0.2}\n"
+                                            "shards: {max_bytes: 512KiB}\n")
+        names = (f"scgpt-a-{word}", f"scgpt-b-{word}")
+        environment = {**os.environ, "HOME": str(folder / "home"), "TMPDIR": str(folder), "PYTHONPATH": str(ROOT),
+                       "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+            environment.pop(name, None)
+        cable(names, cleanup)
+        hosts = Cluster(folder, names, environment)
+        cleanup.callback(hosts.kill, 0)
+        cleanup.callback(hosts.kill, 1)
+        subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+        hosts.start_ray(0)
+        hosts.start_ray(1)
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def local(cluster: Cluster) -> dict[str, bytes]:
+    """What a build in one process makes of the same configuration."""
+    from data_pipeline.config import CorpusConfig
+    from scgpt.config import load_config
+
+    build_here(load_config(CorpusConfig, str(cluster.folder / "corpus.yaml"), kind="corpus"), cluster.folder / "local")
+    return bytes_of(cluster.folder / "local")
+
+
+def test_both_hosts_work_and_write_what_one_process_writes(cluster: Cluster, local: dict[str, bytes]) -> None:
+    out = cluster.folder / "both"
+    process = cluster.build(out)
+    worked = [False, False]
+    while process.poll() is None:
+        worked = [before or cluster.at_work(host) for host, before in enumerate(worked)]
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert json.loads(stdout.splitlines()[-1])["cells_in"] == N_SOURCES * 1500
+    assert worked == [True, True]
+    assert bytes_of(out) == local
+
+
+def test_a_directory_that_one_host_does_not_see_is_refused(cluster: Cluster) -> None:
+    process = cluster.build(cluster.private / "corpus")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"the directory is not visible on {SECOND}" in stderr.splitlines()[-1]
+    assert not list(cluster.private.iterdir())
+
+
+def test_a_driver_without_the_token_of_the_cluster_is_told(cluster: Cluster) -> None:
+    process = cluster.build(cluster.folder / "stranger", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert stderr.splitlines()[-1].startswith("error: no Ray cluster can be joined: ")
+    assert "Traceback" not in stderr
+    assert not (cluster.folder / "stranger").exists()
+
+
+def test_a_killed_driver_leaves_nobody_at_work_and_can_be_started_again(cluster: Cluster,
+                                                                        local: dict[str, bytes]) -> None:
+    out = cluster.folder / "killed"
+    process = cluster.build(out)
+    while not list(out.glob(".build/records/block-*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.kill()
+    process.communicate(timeout=60)
+    again = cluster.build(out)
+    _, stderr = again.communicate(timeout=200)
+    assert again.returncode == 0, stderr
+    assert bytes_of(out) == local
+    deadline = time.monotonic() + 30
+    while (cluster.at_work(0) or cluster.at_work(1)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not cluster.at_work(0)
+    assert not cluster.at_work(1)
+
+
+def test_the_loss_of_a_host_changes_no_byte(cluster: Cluster, local: dict[str, bytes]) -> None:
+    """The second host dies while it does a task: Ray gives its tasks to the first."""
+    out = cluster.folder / "lost"
+    process = cluster.build(out)
+    while not cluster.at_work(1):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    cluster.kill(1)
+    _, stderr = process.communicate(timeout=200)
+    if process.returncode != 0:   # it may give up, in one sentence; the same command then goes on
+        assert stderr.splitlines()[-1].startswith("error: a Ray worker was lost for good")
+        assert "Traceback" not in stderr
+        _, stderr = cluster.build(out).communicate(timeout=200)
+    verify_corpus(out, deep=True)
+    assert bytes_of(out) == local

@@ -62,7 +62,7 @@ def deepspeed_json(config: TrainConfig, *, world_size: int, precision: str, on_c
                  "loss_scale_window": 1000, "hysteresis": 2, "consecutive_hysteresis": False, "min_loss_scale": 1,
                  "fp16_master_weights_and_grads": False},
         "torch_autocast": {"enabled": False},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "data_types": {"grad_accum_dtype": _accumulation_dtype(config.deepspeed.zero_stage, precision)},
         "zero_optimization": _zero_json(config.deepspeed.zero_stage, _CPU_BUCKET_VALUES if on_cpu else _BUCKET_VALUES),
         "zero_allow_untested_optimizer": False, "zero_force_ds_cpu_optimizer": False,
         "checkpoint": {"tag_validation": "Fail", "load_universal": False, "use_node_local_storage": False,
@@ -76,6 +76,11 @@ def deepspeed_json(config: TrainConfig, *, world_size: int, precision: str, on_c
         if merged[key] != derived[key]:
             raise ConfigError(f"deepspeed.overrides changes '{key}'", fix="set the sizes under batch instead")
     return merged
+
+
+def _accumulation_dtype(stage: int, precision: str) -> str:
+    """What gradients are added up in: float32, but in ZeRO 0 DeepSpeed knows only the type of the weights."""
+    return precision if stage == 0 else "fp32"
 
 
 def _zero_json(stage: int, bucket_values: int) -> dict[str, Any]:
@@ -139,6 +144,8 @@ class Engine:
             raise ConfigError(f"DeepSpeed refuses the configuration: {' '.join(str(error).split())}",
                               where="deepspeed.overrides or train.precision",
                               fix="change the setting that it names") from error
+        if config.deepspeed.zero_stage == 0 and self.precision != "fp32":
+            _undo_first_update(self.deepspeed.optimizer)
         self.objective, self.seed, self.world = config.objective, config.train.seed, world
         self._copies = world.world_size * config.batch.accumulation(world.world_size)
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
@@ -181,6 +188,19 @@ class Engine:
         """Norm of the last step's whole gradient, before clipping."""
         norm = self.deepspeed.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
+
+
+@torch.no_grad()
+def _undo_first_update(optimizer: Any) -> None:
+    """Take back an update with gradients of 0, which DeepSpeed's half-precision optimizer of ZeRO 0 begins with.
+
+    It would decay the weights once, and count as Adam's first step ever after.
+    """
+    for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+        for master, weight in zip(masters, weights, strict=True):
+            master.copy_(weight)
+            for tensor in optimizer.optimizer.state[master].values():
+                tensor.zero_()
 
 
 def _seed(seed: int, step: int, number: int, purpose: np.uint64) -> int:

@@ -4,7 +4,8 @@ Files are mapped and opened with `weights_only=True`; the few classes of DeepSpe
 empty stand-ins, so DeepSpeed is not even imported, and its own readers (which run whatever a file says) see none of it.
 A tensor is put together when it is asked for: memory is bounded by the largest one, not by the model.
 
-    stage 0  mp_rank_00_model_states.pt: `module`, whole
+    stage 0  mp_rank_00_model_states.pt: `module`, whole; of half-precision runs also the float32 weights, parameter by
+             parameter in the same order
     1, 2     zero_pp_rank_R_..._optim_states.pt: rank R's part of the flat float32 weights, and what lies where in it
     3        the same files, parameters in the order of `param_shapes`, each spread over all ranks in equal parts
 """
@@ -53,6 +54,9 @@ class Shards:
         self._groups: list[dict[str, torch.Size]] = states["param_shapes"] or []
         self._partitions = [_open(_only(folder, _OPTIMIZER_STATES.format(rank=rank)))["optimizer_state_dict"]
                             for rank in range(world_size if stage else 0)]
+        parameters = [name for name in self._module if name not in states["buffer_names"]]
+        masters = [tensor for group in (states.get("optimizer") or {}).get("fp32_groups", []) for tensor in group]
+        self._masters = dict(zip(parameters, masters, strict=True)) if masters else {}
         in_groups = {name: torch.Size(shape) for group in self._groups for name, shape in group.items()}
         self.shapes = {name: in_groups.get(name, tensor.shape) for name, tensor in self._module.items()}
 
@@ -65,7 +69,7 @@ class Shards:
                     raise CheckpointError(f"the shards hold {flat.numel()} values of '{name}', its shape is "
                                           f"{tuple(group[name])}", where=str(self._folder), fix=_FIX)
                 return flat.view(torch.Size(group[name]))
-        tensor = self._module[name]
+        tensor: Tensor = self._masters.get(name, self._module[name]).detach()
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def _join_slices(self, name: str, number: int) -> Tensor:

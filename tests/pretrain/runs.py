@@ -38,19 +38,36 @@ def free_port() -> int:
 
 
 def command(corpus: Path, out: Path, settings: tuple[str, ...], ranks: int) -> list[str]:
-    words = ["demo", f"data.corpus={corpus}", *SETTINGS, *settings, "--out", str(out)]
+    return launched("pretrain/train.py", "demo", f"data.corpus={corpus}", *SETTINGS, *settings, "--out", str(out),
+                    ranks=ranks)
+
+
+def launched(*words: str, ranks: int) -> list[str]:
+    """A Python program and its arguments: alone, or on several ranks under the launcher."""
     if ranks == 1:
-        return [sys.executable, "pretrain/train.py", *words]
+        return [sys.executable, *words]
     launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks),
                 "--master_port", str(free_port())]
-    return [*launcher, "pretrain/train.py", *words]
+    return [*launcher, *words]
 
 
 def start(corpus: Path, out: Path, *settings: str, ranks: int = 1) -> "subprocess.Popen[str]":
     """Begin, or continue, a training in a process group of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return subprocess.Popen(command(corpus, out, settings, ranks), cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return _start(command(corpus, out, settings, ranks))
+
+
+def _start(words: list[str]) -> "subprocess.Popen[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                                "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            start_new_session=True)
+
+
+def program(path: Path, *words: str, ranks: int, within_s: float = 500) -> tuple[int, str]:
+    """Run a program of the tests on `ranks` ranks; exit code and stderr."""
+    process = _start(launched(str(path), *words, ranks=ranks))
+    _, errors = process.communicate(timeout=within_s)
+    return process.returncode, errors
 
 
 def train(corpus: Path, out: Path, *settings: str, ranks: int = 1) -> tuple[int, str]:

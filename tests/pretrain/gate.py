@@ -1,0 +1,69 @@
+"""A program of the gradient gate: real steps of the engine, for several configurations in one group of ranks.
+
+    gate.py CASES.json     CASES: [{"settings": [...], "steps": 3, "out": FILE}, ...]
+
+Rank 0 writes to each FILE the weights after the steps and the whole gradient of the last one, before clipping, both in
+float32 by name.
+"""
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from pretrain.config import TrainConfig
+from pretrain.corpus import Corpus
+from pretrain.data import Loader, to_tensors
+from pretrain.engine import Engine
+from pretrain.schedule import learning_rate
+from pretrain.world import World, join_world
+from scgpt.config import load_config
+from scgpt.vocab import CLS
+
+
+def main(cases: Path) -> None:
+    """Run every case."""
+    with join_world(timeout_s=120) as world:
+        for case in json.loads(cases.read_text()):
+            found = run(load_config(TrainConfig, "demo", case["settings"], kind="pretrain"), case["steps"], world)
+            if world.is_first:
+                torch.save(found, case["out"])
+
+
+def run(config: TrainConfig, steps: int, world: World) -> dict[str, dict[str, torch.Tensor]]:
+    """{"weights", "gradients"} of a case."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    corpus = Corpus.open(config)
+    engine = Engine(config, corpus.vocab, world)
+    named = dict(engine.deepspeed.module.named_parameters())
+    gradients: dict[str, torch.Tensor] = {}
+    update = engine.deepspeed.step
+
+    def step() -> None:
+        if engine.deepspeed.is_gradient_accumulation_boundary():
+            for name, parameter in named.items():
+                gradient = safe_get_full_grad(parameter)
+                gradients[name] = torch.zeros(parameter.shape) if gradient is None else gradient.float().clone()
+        update()
+
+    engine.deepspeed.step = step
+    loader = Loader(corpus.train, config.objective.collate_config(), cls_id=corpus.vocab[CLS], seed=config.train.seed,
+                    global_batch_size=config.batch.global_batch_size, micro_batch_size=config.batch.micro_batch_size,
+                    rank=world.rank, world_size=world.world_size, workers=0)
+    for number in range(steps):
+        part = loader.load(number)
+        count = int(world.sum(torch.tensor(part.n_targets)))
+        lr = learning_rate(number + 1, lr=config.optimizer.lr, schedule=config.schedule, total_steps=steps)
+        for j, batch in zip(part.numbers, part.micro_batches, strict=True):
+            engine.train(to_tensors(batch, world.device), step=number, micro_batch=j, count=count, lr=lr)
+    masters = [tensor for group in getattr(engine.deepspeed.optimizer, "fp32_groups", []) for tensor in group]
+    if not masters:   # ZeRO 1 to 3 spread them; in ZeRO 0 with float32 they are the parameters
+        masters = [parameter if (full := safe_get_full_fp32_param(parameter)) is None else full
+                   for parameter in named.values()]
+    weights = {name: master.detach().float().clone() for name, master in zip(named, masters, strict=True)}
+    return {"weights": weights, "gradients": gradients}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[-1]))

@@ -3,10 +3,13 @@
 Behaves as upstream's class of that name (a torchtext vocabulary) without torchtext: `vocab["CD3D"]`, `"CD3D" in vocab`,
 `vocab(["CD3D", "CD8A"])`, `get_stoi()`, `get_itos()`, `set_default_index(i)`, `append_token(t)`.
 """
+from __future__ import annotations
+
 import csv
 import gzip
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -24,40 +27,43 @@ class GeneVocab(Mapping[str, int]):
     """An ordered set of tokens; the id of a token is its place.
 
     Args:
-        gene_list_or_vocab: tokens in the order of their ids, or another vocabulary to copy.
-        specials: special tokens to add where absent.
+        gene_list_or_vocab: genes in any order, ids go by frequency in the list, then by name, as upstream's do; or
+            another vocabulary to copy. `from_dict` keeps ids that are known.
+        specials: special tokens, in the order of their ids.
         special_first: put `specials` before the genes (upstream's default) or after them.
         default_token: its id is returned for unknown tokens when it is present; None: unknown tokens raise KeyError.
 
-    Raises DataError when a token occurs twice.
+    Raises ValueError when `specials` come with a vocabulary.
     """
 
-    def __init__(self, gene_list_or_vocab: "Sequence[str] | GeneVocab", specials: Sequence[str] | None = None,
+    def __init__(self, gene_list_or_vocab: Sequence[str] | GeneVocab, specials: Sequence[str] | None = None,
                  special_first: bool = True, default_token: str | None = PAD) -> None:  # noqa: FBT001, FBT002 upstream
-        tokens = (gene_list_or_vocab.get_itos() if isinstance(gene_list_or_vocab, GeneVocab)
-                  else list(gene_list_or_vocab))
-        extra = [token for token in specials or () if token not in set(tokens)]
-        tokens = [*extra, *tokens] if special_first else [*tokens, *extra]
-        self._ids = {token: index for index, token in enumerate(tokens)}
-        if len(self._ids) != len(tokens):
-            twice = next(token for index, token in enumerate(tokens) if self._ids[token] != index)
-            raise DataError(f"token '{twice}' occurs twice in the vocabulary", fix="give each token one id")
-        self._tokens = tokens
-        self._default_index: int | None = None
-        if default_token is not None and default_token in self._ids:
-            self.set_default_token(default_token)
+        if isinstance(gene_list_or_vocab, GeneVocab):
+            if specials is not None:
+                raise ValueError("specials can be given with a list of genes only, not with a vocabulary")
+            tokens = gene_list_or_vocab.get_itos()
+        else:
+            tokens = _in_order(gene_list_or_vocab, specials or (), special_first=special_first)
+        self._pad_token: str | None = None
+        self._number(tokens, default_token)
+
+    def _number(self, tokens: list[str], default_token: str | None) -> None:
+        self._tokens, self._ids = tokens, {token: index for index, token in enumerate(tokens)}
+        self._default_index = None if default_token is None else self._ids.get(default_token)
 
     @classmethod
-    def from_dict(cls, token2idx: Mapping[str, int], default_token: str | None = PAD) -> "GeneVocab":
+    def from_dict(cls, token2idx: Mapping[str, int], default_token: str | None = PAD) -> GeneVocab:
         """From token -> id; the ids must be 0 .. n - 1, each once (else DataError)."""
         tokens = sorted(token2idx, key=lambda token: token2idx[token])
         if [token2idx[token] for token in tokens] != list(range(len(tokens))):
             raise DataError(f"the ids of {len(tokens)} tokens are not 0 to {len(tokens) - 1}, each once",
                             fix="number the tokens without gaps")
-        return cls(tokens, default_token=default_token)
+        vocab = cls([])
+        vocab._number(tokens, default_token)
+        return vocab
 
     @classmethod
-    def from_file(cls, file_path: Path | str, default_token: str | None = PAD) -> "GeneVocab":
+    def from_file(cls, file_path: Path | str, default_token: str | None = PAD) -> GeneVocab:
         """Read a `vocab.json` (token -> id)."""
         path = Path(file_path)
         try:
@@ -75,7 +81,7 @@ class GeneVocab(Mapping[str, int]):
             raise DataError(error.what, where=str(path), fix=error.fix) from error
 
     @classmethod
-    def named(cls, name: str) -> "GeneVocab":
+    def named(cls, name: str) -> GeneVocab:
         """The vocabulary that ships under this name, or the one in the file of that path; unknown tokens raise."""
         tables = package_files("scgpt.tables")
         if name == PUBLISHED:
@@ -129,10 +135,18 @@ class GeneVocab(Mapping[str, int]):
 
     def append_token(self, token: str) -> None:
         """Add a token with the next free id; DataError when it is there already."""
+        self.insert_token(token, len(self._tokens))
+
+    def insert_token(self, token: str, index: int) -> None:
+        """Add a token at this id and move those behind it; DataError when it is there already, or would leave a gap."""
         if token in self._ids:
-            raise DataError(f"token '{token}' is already in the vocabulary", fix="append each token once")
-        self._ids[token] = len(self._tokens)
-        self._tokens.append(token)
+            raise DataError(f"token '{token}' is already in the vocabulary", fix="add each token once")
+        if not 0 <= index <= len(self._tokens):
+            raise DataError(f"id {index} would leave a gap: the vocabulary has {len(self._tokens)} tokens",
+                            fix="give the next free id, or one that is taken")
+        self._tokens.insert(index, token)
+        for place in range(index, len(self._tokens)):
+            self._ids[self._tokens[place]] = place
 
     def set_default_index(self, index: int | None) -> None:
         """What unknown tokens map to; None makes them raise KeyError."""
@@ -143,13 +157,22 @@ class GeneVocab(Mapping[str, int]):
         return self._default_index
 
     def set_default_token(self, default_token: str) -> None:
-        """Unknown tokens map to the id of `default_token` (KeyError when it is not in the vocabulary)."""
-        self._default_index = self._ids[default_token]
+        """Unknown tokens map to the id of `default_token` (ValueError when it is not in the vocabulary)."""
+        self._default_index = self._ids[self._known(default_token)]
+
+    def _known(self, token: str) -> str:
+        if token not in self._ids:
+            raise ValueError(f"token '{token}' is not in the vocabulary")
+        return token
 
     @property
     def pad_token(self) -> str | None:
-        """`<pad>` where the vocabulary holds it."""
-        return PAD if PAD in self._ids else None
+        """The padding token that was set; None before. Setting one that is not in the vocabulary is a ValueError."""
+        return self._pad_token
+
+    @pad_token.setter
+    def pad_token(self, pad_token: str) -> None:
+        self._pad_token = self._known(pad_token)
 
     def to_bytes(self) -> bytes:
         """The content of `vocab.json`: token -> id in the order of the ids."""
@@ -163,3 +186,10 @@ class GeneVocab(Mapping[str, int]):
     def sha256(self) -> str:
         """Digest of `to_bytes()`: the identity of the vocabulary."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def _in_order(genes: Sequence[str], specials: Sequence[str], *, special_first: bool) -> list[str]:
+    """The most frequent gene first, equals by name; the special tokens, each once, before or after them."""
+    times = Counter(genes)
+    named = sorted(times.keys() - set(specials), key=lambda gene: (-times[gene], gene))
+    return [*dict.fromkeys(specials), *named] if special_first else [*named, *dict.fromkeys(specials)]

@@ -115,7 +115,7 @@ def test_a_gene_column_that_is_not_there_is_refused() -> None:
 
 def test_tokens_are_those_of_the_vocabulary_whatever_its_order() -> None:
     names = GENES[1000:1100]
-    backwards = GeneVocab(GENES[::-1])
+    backwards = GeneVocab.from_dict({gene: index for index, gene in enumerate(GENES[::-1])})
     found = match_genes(names, backwards)
     assert np.array_equal(found.tokens, backwards(names))
 

@@ -17,7 +17,7 @@ def test_the_published_vocabulary_has_its_known_ids():
 
 
 def test_it_survives_its_file(tmp_path: Path):
-    vocab = GeneVocab(["B", "A", "é"], specials=["<pad>", "<cls>"])
+    vocab = GeneVocab.from_dict({"<pad>": 0, "<cls>": 1, "B": 2, "A": 3, "é": 4})
     vocab.save_json(tmp_path / "vocab.json")
     again = GeneVocab.from_file(tmp_path / "vocab.json")
     assert again.get_stoi() == vocab.get_stoi() == {"<pad>": 0, "<cls>": 1, "B": 2, "A": 3, "é": 4}
@@ -36,6 +36,11 @@ def test_upstreams_ways_of_asking_work():
     assert vocab["unknown"] == 0
     assert GeneVocab(vocab).lookup_tokens([3, 0]) == ["c", "a"]
     assert dict(vocab) == {"a": 0, "b": 1, "<pad>": 2, "c": 3}
+    vocab.insert_token("d", 1)
+    assert vocab.get_stoi() == {"a": 0, "d": 1, "b": 2, "<pad>": 3, "c": 4}
+    assert vocab.pad_token is None
+    vocab.pad_token = "<pad>"
+    assert vocab.pad_token == "<pad>"
 
 
 @pytest.mark.parametrize(("content", "says"), [
@@ -54,6 +59,26 @@ def test_a_missing_file_is_a_wrong_setting(tmp_path: Path):
         GeneVocab.named(str(tmp_path / "vocab.json"))
 
 
-def test_a_token_given_twice_is_refused():
-    with pytest.raises(DataError, match="'a' occurs twice"):
-        GeneVocab(["a", "b", "a"])
+@pytest.mark.parametrize(("special_first", "tokens"), [
+    (True, ["<pad>", "c", "a", "d", "b"]), (False, ["a", "d", "b", "<pad>", "c"])])
+def test_a_list_is_numbered_by_frequency_then_by_name_as_upstream(special_first: bool, tokens: list[str]):
+    genes = ["d", "c", "b", "a", "d", "a", "c", "c"]
+    assert GeneVocab(genes, specials=["<pad>", "c"], special_first=special_first).get_itos() == tokens
+
+
+@pytest.mark.parametrize(("index", "token", "says"), [(0, "a", "already"), (4, "n", "gap"), (-1, "n", "gap")])
+def test_a_token_that_cannot_be_added_is_refused(index: int, token: str, says: str):
+    vocab = GeneVocab(["a", "b"], specials=["<pad>"])
+    with pytest.raises(DataError, match=says):
+        vocab.insert_token(token, index)
+    assert vocab.get_itos() == ["<pad>", "a", "b"]
+
+
+def test_what_is_not_in_the_vocabulary_is_no_default_and_no_padding():
+    vocab = GeneVocab(["a"])
+    with pytest.raises(ValueError, match="'b' is not"):
+        vocab.set_default_token("b")
+    with pytest.raises(ValueError, match="'b' is not"):
+        vocab.pad_token = "b"
+    with pytest.raises(ValueError, match="list of genes"):
+        GeneVocab(vocab, specials=["<pad>"])

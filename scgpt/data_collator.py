@@ -29,7 +29,7 @@ class DataCollator:
     `gen_expr_target`, and adds `pcpt_key_padding_mask` and `gen_key_padding_mask` (True = padding).
     """
 
-    do_padding: bool = True            # False: all cells must come out equally long
+    do_padding: bool = True            # False: pad_token_id may be missing; then cells must come out equally long
     pad_token_id: int | None = None    # gene id at padding
     pad_value: int = 0                 # expression at padding
     do_mlm: bool = True                # mask ("pcpt") or split ("both")
@@ -64,9 +64,9 @@ class DataCollator:
         if self.data_style == "both" and self.do_mlm:
             batch = self._split_batch(cells, length)
         else:
-            genes, expressions, is_padding = self._stack(cells, length, self.keep_first_n_tokens)
+            genes, expressions, _ = self._stack(cells, length, self.keep_first_n_tokens)
             if self.data_style == "pcpt":
-                masked = self._mask(expressions, is_padding) if self.do_mlm else expressions
+                masked = self._mask(expressions) if self.do_mlm else expressions
                 batch = {"gene": genes, "expr": expressions, "masked_expr": masked}
             else:
                 batch = {"pcpt_gene": genes, "pcpt_expr": expressions}
@@ -99,8 +99,8 @@ class DataCollator:
 
         rows = [self._shortened(cell, length, keep) for cell in cells]
         lengths = torch.tensor([len(row.genes) for row in rows])
-        if not self.do_padding and len(lengths.unique()) > 1:
-            raise ValueError("do_padding=False needs cells of one length")
+        if self.pad_token_id is None and len(lengths.unique()) > 1:
+            raise ValueError("without pad_token_id the cells must be of one length")
         stacked = [torch.stack([torch.nn.functional.pad(x, (0, length - len(x)), value=value) for x in column])
                    for column, value in zip(zip(*rows, strict=True), (self.pad_token_id, self.pad_value), strict=True)]
         return stacked[0], stacked[1], torch.arange(length) >= lengths.unsqueeze(1)
@@ -117,12 +117,15 @@ class DataCollator:
         chosen = torch.cat([torch.arange(keep), torch.randperm(n_genes - keep)[: length - keep] + keep])
         return _Cell(cell.genes[chosen], cell.expressions[chosen])
 
-    def _mask(self, expressions: "Tensor", is_padding: "Tensor") -> "Tensor":
-        """A copy with `mask_value` at positions drawn independently, neither padding nor among the first."""
+    def _mask(self, expressions: "Tensor") -> "Tensor":
+        """A copy with `mask_value` at positions drawn independently, neither `pad_value` nor among the first.
+
+        As upstream, a token whose expression equals `pad_value` is not masked either.
+        """
         import torch
 
         probability = torch.full(expressions.shape, self._draw_probability())
-        probability[is_padding] = 0
+        probability[expressions == self.pad_value] = 0
         probability[:, : self.keep_first_n_tokens] = 0
         return expressions.masked_fill(torch.bernoulli(probability).bool().to(expressions.device), self.mask_value)
 

@@ -50,12 +50,16 @@ def _masked(losses: Tensor, mask: Tensor | None) -> SumCount:
 
 
 def _mean(total: SumCount) -> Tensor:
-    return total[0] / total[1].clamp(min=1)
+    return total[0] / (total[1] + (total[1] == 0))
 
 
 def masked_mse_loss(input: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error over `mask`; 0 where the mask is empty (upstream: NaN)."""
-    return _mean(squared_error_sum(input, target, mask))
+    """Mean squared error over `mask`; 0 where the mask is empty (upstream: NaN).
+
+    A mask of weights multiplies the errors before they are squared, and their sum is what is divided by, as upstream.
+    """
+    weights = mask.float()
+    return _mean((_masked((input - target).square() * weights, weights)[0], weights.sum()))
 
 
 def criterion_neg_log_bernoulli(input: Tensor, target: Tensor, mask: Tensor) -> Tensor:

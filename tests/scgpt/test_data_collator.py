@@ -42,6 +42,14 @@ def test_masking_is_independent_and_leaves_first_and_padding():
     assert (torch.cat([share[0, 1:], share[1, 1:5]]) - 0.4).abs().max() < 5 * (0.24 / 400) ** 0.5
 
 
+def test_a_value_that_equals_the_pad_value_is_never_masked_as_upstream():
+    cell = {"genes": torch.arange(1, 9), "expressions": torch.tensor([0.0, 1, 0, 2, 0, 3, 0, 4])}
+    torch.manual_seed(0)
+    collate = DataCollator(**BASE | {"pad_value": 0}, mlm_probability=0.9)
+    hidden = torch.stack([collate([cell])["masked_expr"][0] == -1 for _ in range(30)])
+    assert torch.equal(hidden.any(0), cell["expressions"] > 0)
+
+
 def test_a_share_is_drawn_once_a_batch_from_a_list():
     torch.manual_seed(0)
     collate = DataCollator(**BASE | {"max_length": 400}, mlm_probability=[0.25, 0.75])
@@ -91,6 +99,8 @@ def test_without_padding_cells_must_be_equally_long():
     assert collate(examples(4, 4))["gene"].shape == (2, 4)
     with pytest.raises(ValueError, match="length"):
         collate(examples(4, 5))
+    padding = DataCollator(**BASE | {"do_padding": False}, do_mlm=False)   # upstream pads wherever it can
+    assert padding(examples(4, 5))["gene"].tolist() == [[1, 2, 3, 4, 0], [1, 2, 3, 4, 5]]
 
 
 @pytest.mark.parametrize(("options", "word"), [

@@ -80,3 +80,8 @@ def test_similarity_written_out_pair_by_pair():
             cosine = float(torch.nn.functional.cosine_similarity(cells[i], cells[j], dim=0))
             total += 1 - ((max(0.0, cosine) if i != j else 0.0) - 0.3) ** 2
     assert float(elastic_cell_similarity(cells, 0.3)) == pytest.approx(total / 16)
+
+
+def test_weights_in_a_mask_count_as_upstream_counts_them():
+    prediction, target, weights = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.25])
+    assert float(masked_mse_loss(prediction, target, weights)) == pytest.approx((0.25 + 0.25) / 0.75)

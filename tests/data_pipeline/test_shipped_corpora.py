@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from data_pipeline.config import CorpusConfig
 from data_pipeline.obs_filter import ObsFilter
 from launch import cli
 from scgpt.config import load_config, shipped_configs
-from tests.data_pipeline.atlases import build_here, config_of, random_counts, write_h5ad
+from tests.data_pipeline.atlases import GENES, build_here, config_of, random_counts, write_h5ad
 
 TISSUES = ("heart", "blood", "brain", "lung", "kidney", "intestine", "pancreas")
 CENSUS = (*TISSUES, "others", "whole-human", "pan-cancer")
@@ -82,3 +83,22 @@ def test_a_copy_is_built_by_one_key(tmp_path: Path) -> None:
     assert source.filtered == {"filter": len(CELLS) - source.cells_written}
     whole = build_here(config_of(path, cells={"filter": shipped("whole-human").cells.filter}), tmp_path / "whole")
     assert whole.sources[0].cells_written == kept("whole-human").sum()
+
+
+def test_tahoe_is_built_of_its_tables_of_ids_too(tmp_path: Path) -> None:
+    """The layout of the Parquet form: `<cls>` as a first entry of -2 that the table of genes does not name."""
+    counts = random_counts(6, 20, 60).astype(int)
+    (tmp_path / "data").mkdir()
+    rows = [counts[i] for i in range(20)]
+    table = pa.table({"genes": [[1, *(row.indices + 3).tolist()] for row in rows],
+                      "expressions": [[-2.0, *row.data.astype(float).tolist()] for row in rows],
+                      "drug": ["DMSO"] * 20, "plate": [f"plate{i % 2}" for i in range(20)]})
+    parquet.write_table(table, tmp_path / "data" / "train-00000-of-00001.parquet")
+    parquet.write_table(pa.table({"gene_symbol": GENES[:60], "token_id": list(range(3, 63))}),
+                        tmp_path / "gene_metadata.parquet")
+    source = f"{{path: {tmp_path}/data, name: tahoe, gene_table: {tmp_path}/gene_metadata.parquet}}"
+    config = load_config(CorpusConfig, "tahoe-100m", ["cells.filter=null", "cells.min_genes=1", f"sources=[{source}]"],
+                         kind="corpus")
+    manifest = build_here(config, tmp_path / "corpus")
+    assert (manifest.sources[0].cells_written, manifest.sources[0].expression_sum) == (20, counts.sum())
+    assert manifest.columns == ["plate", "sample", "cell_line", "drug"]

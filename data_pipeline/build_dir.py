@@ -100,10 +100,10 @@ def claim(out: Path, plan: Plan, *, fresh: bool) -> Iterator[BuildDir]:
     with ExitStack() as held:
         try:
             if existed and not (out / LOCK).exists():
-                _check_content(build, fresh=fresh)   # before a lock is left in a directory that is not ours
+                _check_content(build, plan, fresh=fresh)   # before a lock is left in a directory that is not ours
             out.mkdir(parents=True, exist_ok=True)
             held.enter_context(files.lock(out / LOCK, holder="another build", fix="wait for it, or give another --out"))
-            _check_content(build, fresh=fresh)
+            _check_content(build, plan, fresh=fresh)
             if fresh:
                 _clear(build)
             _prepare(build, plan)
@@ -128,14 +128,14 @@ def finished(build: BuildDir) -> bool:
     return True
 
 
-def _check_content(build: BuildDir, *, fresh: bool) -> None:
+def _check_content(build: BuildDir, plan: Plan, *, fresh: bool) -> None:
     """Raise ConfigError unless the directory is empty, or holds work of this plan, or (`fresh`) of any build."""
     found = {path.name for path in build.out.iterdir() if not path.name.startswith(files.TEMPORARY_PREFIX)} - {LOCK}
     foreign = sorted(found - _OURS if found & {MANIFEST, BUILD} else found)
     if foreign:
         raise ConfigError(f"the directory holds something else: {', '.join(foreign[:5])}", where=str(build.out),
                           fix="give an empty or new --out")
-    held = None if fresh else _plan_held(build.out)
+    held = None if fresh else _plan_held(build.out, plan)
     if held is not None and held != build.plan_sha256:
         what = "a corpus" if MANIFEST in found else "an unfinished build"
         raise ConfigError(f"the directory holds {what} of another plan (its sources, settings or package version "
@@ -151,11 +151,16 @@ def _clear(build: BuildDir) -> None:
     files.remove(build.path)
 
 
-def _plan_held(out: Path) -> str | None:
-    """The plan that a directory belongs to: of the corpus in it, else of the unfinished build."""
+def _plan_held(out: Path, plan: Plan) -> str | None:
+    """The plan that a directory belongs to: of the corpus in it, else of the unfinished build.
+
+    A corpus that was converted since is of no plan: its `shards` are not those that its plan asked for.
+    """
     if (out / MANIFEST).exists():
         try:
-            return Manifest.read(out).plan_sha256
+            manifest = Manifest.read(out)
+            same = manifest.config["shards"] == plan.config.portable()["shards"]
+            return manifest.plan_sha256 if same else ""
         except ScgptError as error:
             error.fix = "give another --out, or --fresh to replace it"
             raise

@@ -68,9 +68,11 @@ class CorpusFiles:
         return found
 
     def names(self) -> list[str]:
-        """Every file below the location, sorted."""
+        """Every file below the location, sorted; nothing behind http(s), where no list can be relied on."""
         if self.folder is not None:
             return sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
+        if self.url().startswith(("http://", "https://")):
+            return []
         with self._told(""):
             self._remote.invalidate_cache()
             root = self._remote._strip_protocol(self.url()).rstrip("/") + "/"

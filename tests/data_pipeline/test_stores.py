@@ -112,3 +112,6 @@ def test_a_corpus_of_the_other_form_is_another_plan(tmp_path: Path) -> None:
         build_here(config_of(CHR21, shards=settings("arrow")), tmp_path / "zarr")
     build_here(config_of(CHR21, shards=settings("arrow")), tmp_path / "zarr", fresh=True)
     assert not list(tmp_path.rglob("*.zarr"))
+    convert(tmp_path / "zarr", tmp_path / "converted", ConvertConfig(compression="zstd"))
+    with pytest.raises(ConfigError, match="a corpus of another plan"):
+        build_here(config_of(CHR21, shards=settings("arrow")), tmp_path / "converted")

@@ -6,21 +6,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.config import TrainConfig
 from pretrain.data import Loader
+from pretrain.order import Blocks
+from pretrain.peek import peek
 from scgpt.collate import CollateConfig
+from scgpt.config import load_config
 from scgpt.data import RaggedBatch, TokenDataset
+from scgpt.data.convert import ConvertConfig, convert
 from scgpt.errors import ConfigError
 from tests.scgpt.collate.cells import CLS_ID, CellsInMemory, random_cells
+from tests.scgpt.data.cells import in_memory, write_corpus
 from tests.scgpt.data.cells import random_cells as corpus_cells
-from tests.scgpt.data.cells import write_corpus
 
 CONFIG = CollateConfig(context_length=40, mask_ratio=(0.25, 0.5))
+SMALL = ("batch.global_batch_size=8", "batch.micro_batch_size=2", "objective.context_length=32")
 CELLS = CellsInMemory(random_cells(101, longest=60))
 
 
-def loader_of(rank=0, world_size=1, workers=0, micro_batch_size=2, evaluation=False, cells=CELLS, seed=3):
+def loader_of(rank=0, world_size=1, workers=0, micro_batch_size=2, evaluation=False, cells=CELLS, seed=3, blocks=None):
     return Loader(cells, CONFIG, cls_id=CLS_ID, seed=seed, global_batch_size=48, micro_batch_size=micro_batch_size,
-                  rank=rank, world_size=world_size, workers=workers, evaluation=evaluation)
+                  rank=rank, world_size=world_size, workers=workers, evaluation=evaluation, blocks=blocks)
 
 
 def digests_of(batch):
@@ -123,6 +129,45 @@ def test_a_corpus_on_disk_gives_the_batches_of_the_same_cells_in_memory(tmp_path
     for step in range(3):
         read, expected = (loader_of(cells=cells).load(step) for cells in (on_disk, in_memory))
         assert all(equal(one, other) for one, other in zip(read.micro_batches, expected.micro_batches, strict=True))
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory):
+    """One corpus in every form, in folders and behind URLs: name -> where it is."""
+    folder = tmp_path_factory.mktemp("forms")
+    shards = [corpus_cells(list(range(1, 40)), source="a"), corpus_cells(list(range(60)), seed=1, source="b")]
+    write_corpus(folder / "arrow-none", {"train": shards, "valid": [corpus_cells([5, 6], seed=2, source="v")]})
+    places = {"arrow-none": str(folder / "arrow-none")}
+    for form, compression in (("arrow", "zstd"), ("zarr", "none"), ("zarr", "lz4")):
+        made = folder / f"{form}-{compression}"
+        convert(folder / "arrow-none", made, ConvertConfig(form=form, compression=compression))
+        places[made.name] = str(made)
+    return places | {f"{name} behind a URL": in_memory(place) for name, place in places.items()}
+
+
+@pytest.mark.parametrize("blocks", [None, Blocks(4, 3)])
+def test_batches_are_the_same_to_the_bit_in_every_form_and_place(forms, blocks):
+    cells = {name: TokenDataset.open(place) for name, place in forms.items()}
+    for step in range(3):
+        expected = loader_of(cells=cells["arrow-none"], blocks=blocks).load(step).micro_batches
+        for name, dataset in cells.items():
+            found = loader_of(cells=dataset, blocks=blocks).load(step).micro_batches
+            assert all(equal(one, other) for one, other in zip(found, expected, strict=True)), name
+
+
+def test_threads_read_one_corpus_of_any_form_together(forms):
+    for name, place in forms.items():
+        alone = loader_of(cells=TokenDataset.open(place))
+        with loader_of(cells=TokenDataset.open(place), workers=4).batches() as steps:
+            for number, found in zip(range(6), steps, strict=False):
+                expected = alone.load(number).micro_batches
+                assert all(equal(one, other) for one, other in zip(found.micro_batches, expected, strict=True)), name
+
+
+def test_a_configuration_may_name_a_corpus_of_any_form_behind_a_url(forms):
+    digests = {peek(load_config(TrainConfig, "demo", [f"data.corpus={place}", *SMALL], kind="pretrain"), step=1).digest
+               for place in forms.values()}
+    assert len(digests) == 1
 
 
 def test_target_counts_add_up():

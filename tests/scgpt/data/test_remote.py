@@ -1,0 +1,94 @@
+"""Corpora behind real servers: a web server that sends ranges, and (slow) an S3 server, read as from a disk."""
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scgpt.data import RaggedBatch, TokenDataset, verify_corpus
+from scgpt.data.convert import ConvertConfig, convert
+from scgpt.errors import DataError
+from tests.data_pipeline.sources.range_server import serve_ranges
+
+from .cells import random_cells, same_cells, write_corpus
+
+FORMS = [("arrow", "none"), ("arrow", "zstd"), ("zarr", "none"), ("zarr", "lz4")]
+PARTS = [random_cells([30] * 50), random_cells([7] * 30, seed=1, source="b")]
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpora")
+    write_corpus(folder / "plain", {"train": PARTS}, max_batch_values=400)
+    for form, compression in FORMS:
+        convert(folder / "plain", folder / f"{form}-{compression}", ConvertConfig(form=form, compression=compression))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bucket(corpora: Path) -> Iterator[str]:
+    """The corpora in a bucket of an S3 server on this machine; where it is stands in the environment."""
+    import boto3
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key",
+                            "AWS_SECRET_ACCESS_KEY": "s3cret", "AWS_DEFAULT_REGION": "us-east-1"}.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="corpora")
+        s3fs.S3FileSystem().put(f"{corpora}/", "corpora/", recursive=True)
+        yield "s3://corpora"
+    server.stop()
+
+
+def holds_the_cells(url: str) -> None:
+    dataset, whole = TokenDataset.open(url), RaggedBatch.concatenate(PARTS)
+    order = np.random.default_rng(0).permutation(len(whole))[:20]
+    same_cells(dataset.fetch(order), whole.take(order))
+    assert np.array_equal(dataset.lengths, whole.lengths)
+    same_cells(dataset.fetch(np.arange(80)), whole)
+    assert dataset.codes("donor")[1] == ["d0", "d1", "d2"]
+    assert dataset.vocab["g7"] == 7
+    verify_corpus(url, deep=True)
+
+
+@pytest.mark.parametrize(("form", "compression"), FORMS)
+def test_a_corpus_on_a_web_server_is_the_one_on_the_disk(corpora: Path, form: str, compression: str) -> None:
+    with serve_ranges() as web:
+        folder = corpora / f"{form}-{compression}"
+        web.files.update({path.relative_to(corpora).as_posix(): path.read_bytes()
+                            for path in folder.rglob("*") if path.is_file()})
+        holds_the_cells(f"{web.url}/{folder.name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "compression"), FORMS)
+def test_a_corpus_on_s3_is_the_one_on_the_disk(bucket: str, form: str, compression: str) -> None:
+    holds_the_cells(f"{bucket}/{form}-{compression}")
+
+
+@pytest.mark.slow
+def test_a_corpus_is_converted_from_s3_and_faults_there_are_one_sentence(bucket: str, corpora: Path, tmp_path: Path,
+                                                                         ) -> None:
+    import s3fs
+
+    convert(f"{bucket}/zarr-lz4", tmp_path / "here", ConvertConfig(form="arrow"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "here" / "train").iterdir()} == {
+        path.name: path.read_bytes() for path in (corpora / "arrow-none" / "train").iterdir()}
+    system = s3fs.S3FileSystem()
+    system.rm(f"{bucket}/zarr-none/train.zarr/genes/c/0")
+    system.pipe_file(f"{bucket}/arrow-none/stray", b"x")
+    for url, says in ((f"{bucket}/none", "not a corpus: the file 'manifest.json' is missing"),
+                      (f"{bucket}/zarr-none", "a file is missing|is missing"),
+                      (f"{bucket}/arrow-none", "'stray' does not belong"),
+                      ("s3://no-such-bucket/a", "not a corpus")):
+        with pytest.raises(DataError, match=says) as caught:
+            verify_corpus(url)
+        assert "\n" not in str(caught.value)
+        assert "s3cret" not in str(caught.value)
+    with pytest.raises(DataError, match="missing"):
+        TokenDataset.open(f"{bucket}/zarr-none")

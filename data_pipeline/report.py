@@ -24,6 +24,7 @@ from scgpt.files import json_bytes, write_bytes
 SAMPLE_CELLS = 200_000         # cells whose values are read
 CONTEXT_GENES = 1_199          # genes that a context of 1,200 tokens holds beside `<cls>`
 TOP_VALUES = 12                # commonest values of a column that are named
+MAX_VALUES = 1_000_000         # different values of a column that are counted: barcodes, say, are not
 TOP_UNMAPPED = 24              # commonest genes without a token that are named
 _LENGTH_CELLS = 1 << 20        # cells whose lengths are read at once: 8 MB
 _FETCH_VALUES = 1 << 24        # values fetched at once: some 70 MB
@@ -71,7 +72,8 @@ def measure(corpus: Path | str) -> Report:
     files = CorpusFiles(corpus)
     manifest = Manifest.read(files)
     splits = [TokenDataset.open(corpus, name) for name, split in manifest.splits.items() if split.cells]
-    columns = {name: _column_counts(files, manifest, name) for name in manifest.columns}
+    found = {name: _column_counts(files, manifest, name) for name in manifest.columns}
+    columns = {name: counts for name, counts in found.items() if counts is not None}
     name = (files.where() if files.folder is None else str(files.folder.resolve())).rpartition("/")[2]
     return {
         "format": FORMAT,
@@ -86,6 +88,7 @@ def measure(corpus: Path | str) -> Report:
         "counts_per_cell": _counts_per_cell(splits),
         "unmapped": _unmapped(manifest.sources),
         "columns": {name: _composition(counts) for name, counts in columns.items()},
+        "columns_of_many_values": [name for name in manifest.columns if name not in columns],
         "splits": {name: _split(split) for name, split in manifest.splits.items()},
         "groups": {name: _groups(counts) for name, counts in columns.items() if name in ("donor", "dataset")},
         "files": _files(manifest),
@@ -216,8 +219,8 @@ def spread(values: NDArray[np.float64], cells: NDArray[np.int64]) -> Report:
 # ---- what is known of the cells ----
 
 
-def _column_counts(files: CorpusFiles, manifest: Manifest, column: str) -> dict[str, Counter[str | None]]:
-    """Split -> value -> cells; None stands for cells without one."""
+def _column_counts(files: CorpusFiles, manifest: Manifest, column: str) -> dict[str, Counter[str | None]] | None:
+    """Split -> value -> cells; None stands for cells without one, and for a column of more than MAX_VALUES values."""
     found: dict[str, Counter[str | None]] = {}
     for name, split in manifest.splits.items():
         counts: Counter[str | None] = Counter()
@@ -226,6 +229,8 @@ def _column_counts(files: CorpusFiles, manifest: Manifest, column: str) -> dict[
                 values = pq.read_table(stream, columns=[column]).column(0)
             for item in pc.value_counts(values.cast(pa.string())).to_pylist():
                 counts[item["values"]] += item["counts"]
+            if len(counts) > MAX_VALUES:
+                return None
         found[name] = counts
     return found
 

@@ -236,8 +236,10 @@ def _known(report: Report) -> Html:
         blocks.append(tag("div", tag("h3", name.replace("_", " ").capitalize(), " ",
                                      tag("span", _number(report, *at, "values"), class_="detail")),
                           tag("ul", *lines, class_="values")))
-    return _section("What is known of the cells", tag("div", *blocks, class_="columns") if blocks else
-                    _note("No column was kept."))
+    many = report["columns_of_many_values"]
+    return _section("What is known of the cells",
+                    tag("div", *blocks, class_="columns") if blocks or many else _note("No column was kept."),
+                    _note(f"Not counted, of too many different values: {', '.join(many)}.") if many else "")
 
 
 def _splits(report: Report) -> Html:

@@ -191,6 +191,14 @@ def test_values_that_are_no_counts_are_told_as_what_they_are(tmp_path: Path) -> 
     assert "No column was kept." in page(report)
 
 
+def test_a_column_of_too_many_values_is_named_and_not_counted(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_module, "MAX_VALUES", 8)
+    report = measure(corpus)
+    assert report["columns_of_many_values"] == ["donor", "cell_type"]
+    assert set(report["columns"]) == {"dataset", "tissue", "assay"}
+    assert "of too many different values: donor, cell_type." in page(report)
+
+
 def test_a_cell_of_one_gene_is_a_histogram_too(tmp_path: Path) -> None:
     matrix = random_counts(3, 1, 1, 1.0)
     build_here(config_of(write_h5ad(tmp_path / "one.h5ad", matrix)), tmp_path / "corpus")

@@ -2,6 +2,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +52,11 @@ class ObsReader:
                 if reader.own_name.get(name, name) not in present:
                     raise missing_column(name, present, what=f"the filter '{wish.text}'", where=str(source.path))
         return reader
+
+    def announce(self, source: Source) -> None:
+        """Tell a source which rows the filters keep, before its values are read."""
+        if self.filters:
+            source.leave_out(partial(self.passes, source))
 
     def passes(self, source: Source, first: int, last: int) -> NDArray[np.bool_]:
         """Which of rows [first, last) satisfy every filter, (cells,)."""

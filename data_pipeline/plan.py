@@ -54,8 +54,10 @@ class SourcePlan:
 
     def open(self) -> Source:
         """The source as it was planned; every worker opens its own."""
-        return open_source(self.path, name=self.name, kind=self.kind, layer=self.layer,
-                           gene_table=self.config.gene_table)
+        source = open_source(self.path, name=self.name, kind=self.kind, layer=self.layer,
+                             gene_table=self.config.gene_table)
+        self.obs.announce(source)
+        return source
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +178,10 @@ def _plan_source(source: Source, known: Fingerprint, source_config: SourceConfig
     if config.cells.expression_kind == "counts" and not are_counts(values):
         raise refused_values(source, values, f"it holds {describe_values(values)}", counts=True)
     obs = ObsReader.of(source, source_config, config.columns, config.cells)
+    obs.announce(source)
     return SourcePlan(source.path, source.name, source.kind, source_config, known.bytes, known.state,
                       known.edges_sha256, source.layer, source.n_cells,
-                      int(source.value_offsets(source.n_cells, source.n_cells)[0]), source.bytes_per_value(),
+                      source.n_values(), source.bytes_per_value(),
                       source.chunk_bytes, source.by_columns, genes, obs, tuple(source.remarks()))
 
 

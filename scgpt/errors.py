@@ -54,8 +54,8 @@ def _rebuild(cls: type[ScgptError], what: str, where: str | None, fix: str | Non
 
 
 _EXTRAS = {"torch": "model", "deepspeed": "train", "wandb": "train", "ray": "data", "anndata": "data", "h5py": "data",
-           "hdf5plugin": "data", "scipy": "data", "datasets": "data", "fsspec": "data", "zarr": "zarr",
-           "s3fs": "remote", "aiohttp": "remote", "matplotlib": "all"}
+           "hdf5plugin": "data", "scipy": "data", "datasets": "data", "tiledbsoma": "census", "fsspec": "data",
+           "zarr": "zarr", "s3fs": "remote", "aiohttp": "remote", "matplotlib": "all"}
 
 
 def explain(error: BaseException) -> ScgptError | None:

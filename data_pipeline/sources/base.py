@@ -1,6 +1,6 @@
 """Source: what every kind of atlas offers to the pipeline, in bounded memory."""
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,12 @@ class Source(ABC):
         """Stored values before each of the rows first .. last, (last - first + 1,), the last row's end included.
 
         Exact where the file says it (CSR); the average (CSC) or the most there can be (dense) where it does not.
+        Only differences count: a source that cannot tell what is before `first` begins there with 0.
         """
+
+    def n_values(self) -> int:
+        """Stored values of all rows, as `value_offsets` tells them."""
+        return int(self.value_offsets(self.n_cells, self.n_cells)[0])
 
     @abstractmethod
     def read_rows(self, first: int, last: int) -> csr_array:
@@ -74,6 +79,12 @@ class Source(ABC):
     @abstractmethod
     def other_matrices(self) -> list[str]:
         """The matrices that are not in use: X, raw, names of layers."""
+
+    def leave_out(self, passes: Callable[[int, int], NDArray[np.bool_]]) -> None:  # noqa: B027 most need not know
+        """Learn which rows [first, last) the filters on obs keep, (rows,).
+
+        Where a row costs more than its obs, the others are not read from now on: they come as rows without values.
+        """
 
     def remarks(self) -> list[str]:
         """What was left out or chosen on opening, in words."""

@@ -30,6 +30,7 @@ KINDS: Mapping[str, Kind] = {
     "zarr": Kind("anndata_zarr:AnnDataZarr", (".zarr", ".zarr.zip"), ("zarr.json", ".zgroup")),
     "10x_h5": Kind("tenx:TenxH5", (".h5",)),
     "10x_mtx": Kind("tenx_folder:TenxFolder", holds=("*matrix.mtx", "*matrix.mtx.gz")),
+    "soma": Kind("soma:SomaExperiment", (".soma",), ("__tiledb_group.tdb",)),
     "scbank": Kind("lists:ScBank", (".scb",), ("*.datatable.*", "gene_vocab.json"), ids=True),
     "lists": Kind("lists:ListTable", (".parquet", ".arrow", ".feather"),
                   ("*.parquet", "*.arrow", "*.feather", "dataset_dict.json"), ids=True),

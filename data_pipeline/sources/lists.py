@@ -20,6 +20,7 @@ from data_pipeline.sources.base import AUTO, INDEX, Source, X
 from data_pipeline.sources.faults import reading
 from data_pipeline.sources.gene_table import SPECIAL, UNKNOWN, GeneTable
 from data_pipeline.sources.location import Location
+from data_pipeline.sources.obs_columns import is_plain, plain
 from data_pipeline.sources.tables import ARROW, PARQUET, Table, open_table
 from scgpt.errors import ConfigError, SourceError
 
@@ -74,7 +75,7 @@ class ListTable(Source):
 
     @override
     def obs_columns(self) -> list[str]:
-        return [field.name for field in self.table.schema if _is_plain(field.type)]
+        return [field.name for field in self.table.schema if is_plain(field.type)]
 
     @override
     def obs(self, columns: Sequence[str], first: int = 0, last: int | None = None) -> dict[str, pa.Array]:
@@ -121,15 +122,7 @@ class ListTable(Source):
         values = column.combine_chunks()
         if name in self._categories:
             return pa.DictionaryArray.from_arrays(values.cast(pa.int32()), pa.array(self._categories[name]))
-        if pa.types.is_dictionary(values.type):
-            if pa.types.is_integer(values.type.value_type) or pa.types.is_boolean(values.type.value_type):
-                return values.dictionary_decode()
-            return values.cast(pa.dictionary(pa.int32(), pa.string()))
-        if pa.types.is_integer(values.type) or pa.types.is_boolean(values.type):
-            return values
-        if pa.types.is_floating(values.type):
-            return pc.if_else(pc.is_nan(values), None, values)   # NaN is a missing value
-        return values.cast(pa.string())
+        return plain(values)
 
 
 class ScBank(ListTable):
@@ -207,13 +200,6 @@ def _check_lists(schema: pa.Schema, column: str) -> None:
     if not any(is_list(kind) for is_list in lists) or not (
             pa.types.is_integer(kind.value_type) or (column == EXPRESSIONS and pa.types.is_floating(kind.value_type))):
         raise ValueError(f"the column '{column}' holds {kind}, not lists of numbers")
-
-
-def _is_plain(kind: pa.DataType) -> bool:
-    """Whether a column says one thing of a cell."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return not (pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-                or pa.types.is_null(kind) or isinstance(kind, pa.BaseExtensionType))
 
 
 def _class_labels(schema: pa.Schema) -> dict[str, list[str]]:

@@ -175,7 +175,7 @@ def _distributions(report: Report) -> Html:
     above = _note("Of all cells. ", _number(report, "genes_per_cell", "above_context"), " cells (",
                   _number(report, "genes_per_cell", "above_context_share", form="share"), ") have more than ",
                   _number(report, "genes_per_cell", "context_genes"),
-                  " genes, what a context of 1,200 tokens holds: training draws from those.")
+                  " genes, as many as a context of 1,200 tokens holds: of those an epoch sees a sample.")
     genes = _histogram(report, "genes_per_cell", "Genes per cell", above)
     sums = _histogram(report, "counts_per_cell", f"{_kind(report).capitalize()} per cell", sampled)
     return _section("Cells", tag("div", genes, sums, class_="pair"))

@@ -59,7 +59,7 @@ def sources_of(words: Sequence[str], *, gene_column: str = AUTO) -> list[SourceC
 
 
 def build_vocab(sources: Sequence[SourceConfig], *, species: str = AUTO, min_sources: int = 1) -> BuiltVocab:
-    """Collect the genes of atlases; reads headers only.
+    """Collect the genes of atlases; reads headers, and the first rows where a matrix must be chosen.
 
     Args:
         sources: what `CorpusConfig.sources` holds: `gene_column` says where names are; AUTO: where most are known.

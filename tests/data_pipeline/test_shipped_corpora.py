@@ -1,6 +1,7 @@
 """The corpora that ship: each loads, its filters keep what was published, and what is missing is told in a sentence."""
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ from data_pipeline.config import CorpusConfig
 from data_pipeline.obs_filter import ObsFilter
 from launch import cli
 from scgpt.config import load_config, shipped_configs
-from tests.data_pipeline.atlases import GENES, build_here, config_of, random_counts, write_h5ad
+from tests.data_pipeline.atlases import GENES, build_here, cells_of, random_counts, write_h5ad
 
 TISSUES = ("heart", "blood", "brain", "lung", "kidney", "intestine", "pancreas")
 CENSUS = (*TISSUES, "others", "whole-human", "pan-cancer")
@@ -70,19 +71,35 @@ def test_data_that_are_not_there_are_one_sentence(name: str, tmp_path: Path,
     assert f"{tmp_path}/census/none" in said
 
 
-def test_a_copy_is_built_by_one_key(tmp_path: Path) -> None:
-    """Cells with the columns of the Census, as a file: what a user who downloaded a part of it has."""
-    obs = dict(zip(("tissue_general", "disease", "suspension_type", "is_primary_data"), zip(*CELLS, strict=True),
-                   strict=True))
-    path = write_h5ad(tmp_path / "copy.h5ad", random_counts(5, len(CELLS), 60),
-                      obs={**{key: list(values) for key, values in obs.items()}, "donor_id": ["d"] * len(CELLS)})
-    config = load_config(CorpusConfig, "heart", [f"sources=[{path}]", "shards.max_bytes=1MiB"], kind="corpus")
-    manifest = build_here(config, tmp_path / "heart")
-    source = manifest.sources[0]
-    assert source.cells_written == kept("heart").sum()
-    assert source.filtered == {"filter": len(CELLS) - source.cells_written}
-    whole = build_here(config_of(path, cells={"filter": shipped("whole-human").cells.filter}), tmp_path / "whole")
-    assert whole.sources[0].cells_written == kept("whole-human").sum()
+def census_obs() -> dict[str, list[Any]]:
+    """CELLS as the Census tells of them."""
+    columns = dict(zip(("tissue_general", "disease", "suspension_type", "is_primary_data"), zip(*CELLS, strict=True),
+                       strict=True))
+    return {**{key: list(values) for key, values in columns.items()}, "donor_id": ["d"] * len(CELLS),
+            "dataset_id": ["s"] * len(CELLS)}
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "soma"])
+def test_a_copy_is_built_by_one_key(tmp_path: Path, kind: str) -> None:
+    """A copy of the Census, or cells of it with its columns as a file."""
+    counts = random_counts(5, len(CELLS), 60)
+    if kind == "soma":
+        pytest.importorskip("tiledbsoma", reason="the extra [census] is not installed")
+        from tests.data_pipeline.sources.test_soma import write_soma
+
+        path = write_soma(tmp_path / "homo_sapiens", counts, obs=census_obs())
+    else:
+        path = write_h5ad(tmp_path / "homo_sapiens.h5ad", counts, obs=census_obs())
+    built = {}
+    for name in ("heart", "others", "whole-human"):
+        config = load_config(CorpusConfig, name, [f"sources=[{path}]", "shards.max_bytes=1MiB"], kind="corpus")
+        source = build_here(config, tmp_path / name).sources[0]
+        assert (source.name, source.cells_written) == ("homo_sapiens", kept(name).sum())
+        assert source.filtered == {"filter": len(CELLS) - source.cells_written}
+        built[name] = cells_of(tmp_path / name)
+    for name in ("heart", "others"):
+        assert built[name].items() <= built["whole-human"].items()
+        assert {row for _, row in built[name]} == set(np.flatnonzero(kept(name)))
 
 
 def test_tahoe_is_built_of_its_tables_of_ids_too(tmp_path: Path) -> None:

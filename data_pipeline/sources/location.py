@@ -29,6 +29,7 @@ _STATE_KEYS = ("ETag", "etag", "md5Hash", "Content-MD5", "content_md5", "generat
 _SUFFIXES = (".datatable.parquet", ".zarr.zip", ".h5ad", ".zarr", ".parquet", ".arrow", ".soma", ".scb", ".mtx.gz",
              ".mtx", ".h5", ".zip", ".gz")
 _HTTP = ("http", "https")
+CENSUS = "s3://cellxgene-census-public-us-west-2/"   # open to all, without credentials, in its own region
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +251,8 @@ class Location:
         """The file system of a URL with nothing remembered of earlier looks, and the path in it."""
         from fsspec.core import url_to_fs
 
-        system, path = url_to_fs(self.url)
+        options = {"anon": True, "client_kwargs": {"region_name": "us-west-2"}} if self.url.startswith(CENSUS) else {}
+        system, path = url_to_fs(self.url, **options)
         system.invalidate_cache()
         return system, path
 

@@ -16,7 +16,7 @@ from typing_extensions import override
 from data_pipeline.sources.base import AUTO, INDEX, RAW, Source
 from data_pipeline.sources.csr import check_indices
 from data_pipeline.sources.faults import reading
-from data_pipeline.sources.location import Location
+from data_pipeline.sources.location import CENSUS, Location
 from data_pipeline.sources.obs_columns import is_plain, plain
 from data_pipeline.sources.rechunk import to_csr
 from scgpt.errors import ConfigError, SourceError
@@ -28,7 +28,6 @@ _NAMES = ("feature_id", "var_id")        # what var_names may be called, the lik
 _SCAN_CELLS = 1 << 20                    # cells whose obs are read at once
 _BUFFER_BYTES = 32 << 20                 # of a column that is being read
 _TILE_BYTES = 512 << 20                  # of tiles that TileDB may hold
-_PUBLIC = "s3://cellxgene-census-public-us-west-2/"
 
 
 class SomaExperiment(Source):
@@ -168,7 +167,7 @@ class SomaExperiment(Source):
 def _config(location: Location) -> dict[str, str | float]:
     """Settings of TileDB: what it may hold; the Census's public bucket is open to all, in its own region."""
     settings: dict[str, str | float] = {"soma.init_buffer_bytes": _BUFFER_BYTES, "sm.mem.total_budget": _TILE_BYTES}
-    if location.url.startswith(_PUBLIC):
+    if location.url.startswith(CENSUS):
         settings |= {"vfs.s3.no_sign_request": "true", "vfs.s3.region": "us-west-2"}
     return settings
 

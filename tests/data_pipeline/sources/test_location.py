@@ -8,6 +8,7 @@ import fsspec
 import pytest
 
 from data_pipeline.sources import Location
+from data_pipeline.sources.location import CENSUS
 from scgpt.errors import ConfigError, SourceError
 from scgpt.files import sha256
 
@@ -153,3 +154,10 @@ def test_what_cannot_be_reached_is_one_sentence(url: str, error: type[Exception]
     with pytest.raises(error, match=message) as caught:
         Location.of(url).files()
     assert "\n" not in str(caught.value)
+
+
+def test_the_public_bucket_of_the_census_is_read_as_nobody() -> None:
+    """No credentials are looked for: who has none can read it, and nobody's are sent."""
+    pytest.importorskip("s3fs", reason="the extra [remote] is not installed")
+    assert Location.of(f"{CENSUS}cell-census/x")._system()[0].anon is True
+    assert Location.of("s3://another-bucket/x")._system()[0].anon is False

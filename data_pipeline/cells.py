@@ -73,12 +73,16 @@ class ObsReader:
         return {name: as_text(found[self.own_name[name]]) if name in self.own_name
                 else pa.nulls(last - first, pa.string()).dictionary_encode() for name in columns}
 
+    def groups(self, source: Source, config: SplitsConfig, first: int, last: int) -> pa.DictionaryArray | None:
+        """What keeps rows [first, last) in one split: donor or dataset, null where unknown; None: split by cell."""
+        return None if config.by == "cell" else self.metadata(source, [config.by], first, last)[config.by]
+
     def splits(self, source: Source, config: SplitsConfig, first: int, last: int) -> NDArray[np.int8]:
         """The split of rows [first, last), (cells,): places in SPLITS."""
-        if config.by == "cell":
+        groups = self.groups(source, config, first, last)
+        if groups is None:
             ids = cell_ids(source.name, np.arange(first, last))
             return (_cell_draws(config.seed, ids) < config.valid).astype(np.int8)
-        groups = self.metadata(source, [config.by], first, last)[config.by]
         return splits_of_groups(groups, source.name, config)
 
 
@@ -124,6 +128,16 @@ def splits_of_groups(groups: pa.DictionaryArray, source: str, config: SplitsConf
     codes = groups.indices.fill_null(-1).to_numpy(zero_copy_only=False)
     held_out: NDArray[np.bool_] = np.array(draws)[codes] < config.valid
     return held_out.astype(np.int8)
+
+
+def groups_in_splits(groups: pa.DictionaryArray, splits: NDArray[np.int8],
+                     kept: NDArray[np.bool_]) -> dict[str, list[str | None]]:
+    """split -> the groups that cells kept in it belong to, sorted; None, first, stands for cells without one."""
+    found: dict[str, list[str | None]] = {}
+    for place, split in enumerate(SPLITS):
+        names = groups.filter(pa.array(kept & (splits == place))).unique().to_pylist()
+        found[split] = sorted(names, key=lambda name: (name is not None, name or ""))
+    return found
 
 
 def judge(cells: RaggedBatch, passes: NDArray[np.bool_], config: CellsConfig) -> NDArray[np.int8]:

@@ -67,6 +67,8 @@ class CellsConfig(Config):
     max_counts: PositiveFloat | None = None
     max_value: PositiveFloat | None = None  # largest value of one gene of the vocabulary
     max_mito_fraction: Fraction | None = None   # mitochondrial share of all counts of the cell
+    remove_duplicates: bool = False        # of cells with equal genes and values, over all sources, the first stays
+    duplicate_min_genes: NonNegativeInt = 20   # a cell of fewer genes is no duplicate: it may equal another by chance
     expression_kind: Literal["counts", "expected_counts", "normalized", "log1p"] = "counts"   # counts must be integers
 
     @model_validator(mode="after")
@@ -110,13 +112,13 @@ class CorpusConfig(Config):
     cells: CellsConfig = CellsConfig()
     splits: SplitsConfig = SplitsConfig()
     shards: ShardsConfig = ShardsConfig()
-    on_error: Literal["fail"] = "fail"     # what a source that cannot be read does to the build
+    on_error: Literal["fail", "skip"] = "fail"   # a source that cannot be read ends the build; or is left out, whole
     seed: Seed = 0               # of the shuffle
 
     @field_validator("columns")
     @classmethod
     def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        reserved = {"cell_id", "source", "source_row"}
+        reserved = {"cell_id", "source", "source_row", "content_hash"}
         wrong = sorted(reserved & set(value)) or sorted({name for name in value if value.count(name) > 1})
         if wrong:
             raise ValueError(f"'{wrong[0]}' is kept already, or named twice")

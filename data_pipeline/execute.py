@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.build_dir import BuildDir, Record, claim, finished
-from data_pipeline.commit import commit
+from data_pipeline.commit import commit, refuse_mended
 from data_pipeline.config import CorpusConfig
 from data_pipeline.passes import Job, carry_out, find_or_do, timed
 from data_pipeline.plan import make_plan
@@ -31,7 +31,7 @@ _IN_FLIGHT = 4                   # tasks handed to Ray for each CPU
 
 @dataclass(frozen=True, slots=True)
 class BuildResult:
-    """A finished corpus, and how long the stages took: plan, tokenise, merge, commit."""
+    """A finished corpus, and how long the stages took: plan, tokenise, duplicates, merge, commit."""
 
     manifest: Manifest
     seconds: Mapping[str, float]   # empty where the corpus was complete already
@@ -57,12 +57,14 @@ def build(config: CorpusConfig, out: Path, *, ray_address: str | None = None, fr
         plan = make_plan(config)
     with claim(out, plan, fresh=fresh) as directory:
         if finished(directory):
-            return BuildResult(_verified(out), {})
+            manifest = _verified(out)
+            refuse_mended(plan, manifest)
+            return BuildResult(manifest, {})
         with _ray(ray_address or os.environ.get("RAY_ADDRESS"), directory) as workers, progress:
-            hashes, blocks, shards, stores = carry_out(directory, plan, workers, progress, seconds)
+            results = carry_out(directory, plan, workers, progress, seconds)
         with timed(seconds, "commit"), _disk_errors(out):
-            manifest = commit(directory, plan, hashes=hashes, blocks=blocks, shards=shards, stores=stores,
-                              timing={"seconds": {name: round(value, 3) for name, value in seconds.items()}})
+            manifest = commit(directory, plan, results, timing={
+                "seconds": {name: round(value, 3) for name, value in seconds.items()}})
     return BuildResult(manifest, seconds)
 
 

@@ -1,5 +1,5 @@
 """The books of a build: what came in is what was written plus what was filtered, cell by cell and count by count."""
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -41,6 +41,15 @@ class Ledger:
         self.sum_written += other.sum_written
         self.sum_filtered += other.sum_filtered
         self.sum_unmapped += other.sum_unmapped
+
+    def leave_out(self, reason: str, left: Mapping[str, Any]) -> None:
+        """Count cells that were to be written as filtered: `cells` {split: n}, `values` and `sum` of them."""
+        for split, cells in left["cells"].items():
+            self.cells_written[split] -= cells
+        self.filtered[reason] = self.filtered.get(reason, 0) + sum(left["cells"].values())
+        self.values_written -= left["values"]
+        self.sum_written -= left["sum"]
+        self.sum_filtered += left["sum"]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

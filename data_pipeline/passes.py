@@ -1,19 +1,24 @@
-"""The passes of a build: a task a row block, then a task a shard; whoever runs the tasks, the records are the same.
+"""The passes of a build: a task a row block, a task a part of all hashes, a task a shard.
 
-What an earlier build of the same plan has finished is found by its records, checked, and not done again.
+Whoever runs the tasks, the records are the same. What an earlier build of the same plan has finished is found by its
+records, checked, and not done again.
 """
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from data_pipeline.build_dir import BuildDir, Record
 from data_pipeline.cells import SPLITS
-from data_pipeline.plan import Plan
+from data_pipeline.commit import Results
+from data_pipeline.duplicates import HashFile, n_parts
+from data_pipeline.plan import Block, Plan
 from data_pipeline.progress import Progress
+from data_pipeline.quarantine import note_failures, tried
 from data_pipeline.stores import store_pieces, write_store_piece
 from data_pipeline.tasks import (
     Layout,
@@ -21,6 +26,9 @@ from data_pipeline.tasks import (
     cut_folder,
     cut_source,
     cut_task,
+    duplicates_task,
+    find_duplicates,
+    hash_file,
     hash_source,
     merge_to_shard,
     shard_task,
@@ -29,6 +37,7 @@ from data_pipeline.tasks import (
     tokenize_to_run,
 )
 from scgpt.data.schema import expression_dtype, gene_dtype
+from scgpt.errors import SourceError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +61,27 @@ class Workers(Protocol):
 
 
 def carry_out(directory: BuildDir, plan: Plan, workers: Workers, progress: Progress, seconds: dict[str, float],
-             ) -> tuple[list[str], list[Record], dict[str, list[Record]], dict[str, list[Record]]]:
-    """All passes: (sha256 of each source, result of each block, and of each split those of its shards and store)."""
+              ) -> Results:
+    """All passes: tokenise, find duplicates, merge.
+
+    Raises SourceError where a source cannot be read (with `on_error: skip`: where none can).
+    """
     layout = Layout(directory, plan.config, plan.n_values, tuple(plan.splits[name].n_shards for name in SPLITS))
     with timed(seconds, "tokenise"):
-        shared = [workers.share(source) for source in plan.sources]
-        cut = _sources_to_cut(plan)
-        if cut:
-            workers.run("cut", layout, [Job(cut_source, cut_task(number), 1, (number, shared[number], firsts))
-                                        for number, firsts in cut.items()], "files", progress)
-        jobs = [Job(hash_source, source_task(number), 0, (number, source)) for number, source in enumerate(shared)]
-        jobs += [Job(tokenize_to_run, block_task(block), block.last - block.first, (
-            block, shared[block.source], cut_folder(directory, block.source) if block.source in cut else None))
-                 for block in plan.blocks]
-        done = workers.run("tokenise", layout, jobs, "cells", progress)
-        hashed, blocks = done[:len(shared)], done[len(shared):]
-    tasks = shard_tasks(plan.sources, plan.blocks, blocks)
-    value_type = expression_dtype(integer=all(block["integer"] for block in blocks),
-                                  largest=max(block["largest"] for block in blocks)).name
+        hashes, blocks, records, failed = _tokenise(layout, plan, workers, progress)
+    if not blocks:
+        raise next(iter(failed.values()))
+    names = [source.name for source in plan.sources]
+    with timed(seconds, "duplicates"):
+        found = [HashFile(hash_file(directory, block), block.source) for block in blocks]
+        parts = n_parts(sum(record["cells"] for record in records))
+        shared = workers.share(found)
+        equals = workers.run("duplicates", layout, [
+            Job(find_duplicates, duplicates_task(part), 1, (part, parts, shared, names)) for part in range(parts)],
+            "parts", progress)
+    value_type = expression_dtype(integer=all(record["integer"] for record in records),
+                                  largest=max(record["largest"] for record in records)).name
+    tasks = shard_tasks(plan.sources, blocks, records, equals if plan.config.cells.remove_duplicates else [])
     with timed(seconds, "merge"):
         jobs = [Job(merge_to_shard, shard_task(task), 1, (task, value_type)) for task in tasks]
         merged = workers.run("merge", layout, jobs, "shards", progress)
@@ -81,7 +93,7 @@ def carry_out(directory: BuildDir, plan: Plan, workers: Workers, progress: Progr
     if plan.config.shards.form == "zarr":
         with timed(seconds, "store"):
             stores = _write_stores(layout, plan, shards, value_type, workers, progress)
-    return [record["sha256"] for record in hashed], blocks, shards, stores
+    return Results(hashes, blocks, records, equals, shards, stores, failed)
 
 
 def _write_stores(layout: Layout, plan: Plan, shards: Mapping[str, Sequence[Record]], value_type: str, workers: Workers,
@@ -98,6 +110,29 @@ def _write_stores(layout: Layout, plan: Plan, shards: Mapping[str, Sequence[Reco
     return stores
 
 
+def _tokenise(layout: Layout, plan: Plan, workers: Workers, progress: Progress,
+              ) -> tuple[list[str | None], list[Block], list[Record], dict[int, SourceError]]:
+    """The first pass: sha256 of each source, the blocks of those that could be read with their records, the others."""
+    shared = [workers.share(source) for source in plan.sources]
+    cut, failed = _sources_to_cut(plan), dict[int, SourceError]()
+    if cut:
+        done = workers.run("cut", layout, [Job(cut_source, cut_task(number), 1, (number, shared[number], firsts))
+                                           for number, firsts in cut.items()], "files", progress)
+        note_failures(failed, zip(cut, done, strict=True))
+    blocks = [block for block in plan.blocks if block.source not in failed]
+    jobs = [Job(hash_source, source_task(number), 0, (number, source)) for number, source in enumerate(shared)]
+    jobs += [Job(tokenize_to_run, block_task(block), block.last - block.first, (
+        block, shared[block.source], cut_folder(layout.build, block.source) if block.source in cut else None))
+             for block in blocks]
+    done = workers.run("tokenise", layout, jobs, "cells", progress)
+    hashed, records = done[:len(shared)], done[len(shared):]
+    note_failures(failed, ((block.source, record) for block, record in zip(blocks, records, strict=True)))
+    note_failures(failed, enumerate(hashed))
+    read = [(block, record) for block, record in zip(blocks, records, strict=True) if block.source not in failed]
+    return ([record.get("sha256") for record in hashed], [block for block, _ in read], [record for _, record in read],
+            failed)
+
+
 def _sources_to_cut(plan: Plan) -> dict[int, list[int]]:
     """place of a source -> first rows of its blocks, where it is stored by columns and has several."""
     firsts: dict[int, list[int]] = {}
@@ -110,7 +145,7 @@ def _sources_to_cut(plan: Plan) -> dict[int, list[int]]:
 def find_or_do(function: Callable[..., Record], layout: Layout, task: str, *arguments: object) -> Record:
     """In a worker: the record of a finished task whose files are whole, else that of doing it."""
     record = layout.build.read_record(task)
-    return function(layout, *arguments) if record is None else record
+    return tried(partial(function, layout, *arguments), layout.config.on_error) if record is None else record
 
 
 @contextmanager

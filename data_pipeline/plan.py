@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from data_pipeline.cells import SPLITS, ObsReader, check_split_column
 from data_pipeline.config import CorpusConfig, SourceConfig
 from data_pipeline.genes import GeneMap, map_source
+from data_pipeline.quarantine import Quarantined
 from data_pipeline.sources.base import Source, are_counts, describe_values
 from data_pipeline.sources.kinds import open_source
 from data_pipeline.sources.location import Fingerprint, Location
@@ -90,6 +91,7 @@ class Plan:
     sources: tuple[SourcePlan, ...]
     blocks: tuple[Block, ...]
     splits: dict[str, PlannedSplit]   # in the order of SPLITS
+    quarantined: tuple[Quarantined, ...]   # sources that could not be planned, where on_error is skip
     sha256: str
 
     @property
@@ -114,29 +116,39 @@ def make_plan(config: CorpusConfig) -> Plan:
     """Open every source, choose matrices and gene columns, cut blocks and shards; writes nothing.
 
     Raises SourceError for an atlas that cannot be used (missing, not AnnData, another species, no counts), ConfigError
-    for settings that do not fit the sources.
+    for settings that do not fit the sources. With `on_error: skip` an atlas that cannot be used is told in the plan.
     """
     vocab = config.load_vocab()
-    sources: list[SourcePlan] = []
+    sources, blocks, quarantined = list[SourcePlan](), list[Block](), list[Quarantined]()
     totals = np.zeros((len(SPLITS), 2))
     for location, source_config in expand(config.sources):
-        known = location.fingerprint()
-        with open_source(location, name=source_config.name, kind=source_config.kind, layer=source_config.layer,
-                         gene_table=source_config.gene_table) as source:
-            planned = _plan_source(source, known, source_config, config, vocab)
-            totals += _split_totals(source, planned, config)
+        try:
+            known = location.fingerprint()
+            with open_source(location, name=source_config.name, kind=source_config.kind, layer=source_config.layer,
+                             gene_table=source_config.gene_table) as source:
+                planned = _plan_source(source, known, source_config, config, vocab)
+                mine = _split_totals(source, planned, config)
+                rows = list(_row_blocks(source))
+            check_unchanged(planned)
+        except SourceError as error:
+            if config.on_error == "fail":
+                raise
+            quarantined.append(Quarantined.of(error, location, source_config.name or location.stem))
+            continue
+        totals += mine
+        before = blocks[-1].values_before + blocks[-1].values if blocks else 0
+        blocks += _numbered(rows, len(blocks), len(sources), before)
         sources.append(planned)
     _check_names(sources)
     check_split_column(config.splits, [source.obs for source in sources])
-    blocks = tuple(_blocks(sources))
-    for planned in sources:
-        check_unchanged(planned)
     if not blocks:
-        raise SourceError("the sources hold no cells", where=", ".join(source.name for source in sources),
-                          fix="give atlases with cells in them")
+        found = [f"{source.name} is left out: {source.reason}" for source in quarantined]
+        raise SourceError("; ".join(["the sources hold no cells", *found]), where=", ".join(
+            [source.name for source in sources]) or None, fix="give atlases with cells in them")
     splits = {name: _planned_split(int(cells), math.ceil(values), config, len(vocab))
               for name, (cells, values) in zip(SPLITS, totals.tolist(), strict=True)}
-    return Plan(config, vocab, tuple(sources), blocks, splits, _hash(config, vocab, sources, blocks, splits))
+    return Plan(config, vocab, tuple(sources), tuple(blocks), splits, tuple(quarantined),
+                _hash(config, vocab, sources, blocks, splits, quarantined))
 
 
 def check_unchanged(source: SourcePlan) -> None:
@@ -200,17 +212,20 @@ def _split_totals(source: Source, planned: SourcePlan, config: CorpusConfig) -> 
     return totals
 
 
-def _blocks(sources: Sequence[SourcePlan]) -> Iterator[Block]:
-    number = before = 0
-    for place, planned in enumerate(sources):
-        with planned.open() as source:
-            first = 0
-            while first < source.n_cells:
-                offsets = source.value_offsets(first, min(first + BLOCK_CELLS, source.n_cells))
-                rows = max(int(np.searchsorted(offsets, offsets[0] + BLOCK_VALUES, side="right")) - 1, 1)
-                values = int(offsets[rows] - offsets[0])
-                yield Block(number, place, first, first + rows, values, before)
-                number, before, first = number + 1, before + values, first + rows
+def _row_blocks(source: Source) -> Iterator[tuple[int, int, int]]:
+    """(first row, last row, stored values) of the blocks of a source."""
+    first = 0
+    while first < source.n_cells:
+        offsets = source.value_offsets(first, min(first + BLOCK_CELLS, source.n_cells))
+        rows = max(int(np.searchsorted(offsets, offsets[0] + BLOCK_VALUES, side="right")) - 1, 1)
+        yield first, first + rows, int(offsets[rows] - offsets[0])
+        first += rows
+
+
+def _numbered(rows: Sequence[tuple[int, int, int]], number: int, source: int, before: int) -> Iterator[Block]:
+    for first, last, values in rows:
+        yield Block(number, source, first, last, values, before)
+        number, before = number + 1, before + values
 
 
 def _planned_split(cells: int, values: int, config: CorpusConfig, n_tokens: int) -> PlannedSplit:
@@ -234,12 +249,13 @@ def _check_names(sources: Sequence[SourcePlan]) -> None:
 
 
 def _hash(config: CorpusConfig, vocab: GeneVocab, sources: Sequence[SourcePlan], blocks: Sequence[Block],
-          splits: dict[str, PlannedSplit]) -> str:
+          splits: dict[str, PlannedSplit], quarantined: Sequence[Quarantined]) -> str:
     decided = {
         "format_version": FORMAT_VERSION, "package": __version__, "config": config.portable(), "vocab": vocab.sha256,
         "sources": [[source.name, source.path.name, source.bytes, source.edges_sha256, source.layer, source.n_cells,
                      source.n_values, source.genes.column, hashlib.sha256(source.genes.tokens.tobytes()).hexdigest(),
                      dict(source.obs.own_name)] for source in sources],
         "blocks": [[block.source, block.first, block.last, block.values] for block in blocks],
-        "splits": {name: [split.cells, split.values, split.n_shards] for name, split in splits.items()}}
+        "splits": {name: [split.cells, split.values, split.n_shards] for name, split in splits.items()},
+        "quarantined": [[source.name, source.file, source.reason] for source in quarantined]}
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()

@@ -18,10 +18,13 @@ from numba import njit
 from numpy.typing import NDArray
 
 from scgpt import rng
+from scgpt.data.content import CONTENT_HASH, content_hashes
 from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, SOURCE, SOURCE_ROW, RaggedBatch, expression_dtype, offsets_of
 from scgpt.errors import DataError
 
 KEY = "key"   # uint64: the place of a cell in the global order
+_KNOWN = (CELL_ID, SOURCE_ROW, CONTENT_HASH, KEY)   # what a run tells of each cell beside its metadata
+_NONE = np.zeros(0, np.uint64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ def write_run(path: Path, cells: RaggedBatch, metadata: Mapping[str, pa.Array], 
 
     Args:
         path: a temporary name; the caller publishes the file.
-        cells: with the columns cell_id, source_row and KEY.
+        cells: with the columns of _KNOWN.
         metadata: column -> dictionary<string> array, (cells,).
         kept: (cells,) which of them are written.
         splits, buckets: (cells,) where each goes.
@@ -78,7 +81,7 @@ def write_run(path: Path, cells: RaggedBatch, metadata: Mapping[str, pa.Array], 
     table = pa.table({
         GENES: pa.LargeListArray.from_arrays(offsets, pa.array(cells.genes)),
         EXPRESSIONS: pa.LargeListArray.from_arrays(offsets, pa.array(cells.expressions)),
-        **{name: pa.array(cells.columns[name]) for name in (CELL_ID, SOURCE_ROW, KEY)}, **moved})
+        **{name: pa.array(cells.columns[name]) for name in _KNOWN}, **moved})
     parts: list[RunPart] = []
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         for first, last in pairwise(bounds):
@@ -89,16 +92,18 @@ def write_run(path: Path, cells: RaggedBatch, metadata: Mapping[str, pa.Array], 
 
 
 def merge_runs(runs: Sequence[tuple[Path, int, str]], expression_type: np.dtype[np.generic],
-               columns: Sequence[str]) -> tuple[RaggedBatch, pa.Table]:
+               columns: Sequence[str], left_out: NDArray[np.uint64] = _NONE) -> tuple[RaggedBatch, pa.Table]:
     """Gather one shard from the runs that hold a part of it, in the global order.
 
     Args:
         runs: (file, record batch, name of the source) of each part; at least one.
         expression_type: of the corpus.
         columns: metadata to keep.
+        left_out: ids of cells of these parts that are not written.
 
-    Returns the cells, and what is known of them: cell_id, source, source_row and `columns` as dictionary<string> with
-    sorted dictionaries. Memory: the shard, beside the mapped runs. Raises DataError when a cell comes twice.
+    Returns the cells, and what is known of them: cell_id, source, source_row, content_hash and `columns` as
+    dictionary<string> with sorted dictionaries. Memory: the shard, beside the mapped runs.
+    Raises DataError when a cell comes twice, or one that is to be left out never.
     """
     batches = [pa.ipc.open_file(pa.memory_map(str(path))).get_batch(number) for path, number, _ in runs]
     found = [_ragged(batch) for batch in batches]
@@ -108,16 +113,30 @@ def merge_runs(runs: Sequence[tuple[Path, int, str]], expression_type: np.dtype[
     same = np.flatnonzero(ids[1:] == ids[:-1])
     if len(same):
         raise DataError(f"cell {ids[same[0]]} was written twice", where=str(runs[0][0]), fix="build with --fresh")
+    if len(left_out):
+        stays = ~np.isin(ids, left_out)
+        order, ids = order[stays], ids[stays]
+        if len(ids) + len(left_out) != len(stays):
+            raise DataError(f"{len(left_out)} cells are to be left out, {(~stays).sum()} are there",
+                            where=str(runs[0][0]), fix="build with --fresh")
     sources = pa.DictionaryArray.from_arrays(
         np.repeat(np.arange(len(runs), dtype=np.int32), [batch.num_rows for batch in batches]),
         pa.array([source for *_, source in runs], pa.string()))
     cells = _ordered(found, order, expression_type)
     known = {CELL_ID: pa.array(ids), SOURCE: sorted_dictionary(sources.take(pa.array(order))),
-             SOURCE_ROW: pa.array(cells.columns[SOURCE_ROW])}
+             SOURCE_ROW: pa.array(cells.columns[SOURCE_ROW]),
+             CONTENT_HASH: pa.array(_hashes_as_stored(cells, [part.expressions.dtype for part in found]))}
     for name in columns:
         values = pa.concat_arrays([batch.column(name).cast(pa.string()) for batch in batches])
         known[name] = sorted_dictionary(values.take(pa.array(order)))
     return cells, pa.table(known)
+
+
+def _hashes_as_stored(cells: RaggedBatch, types_found: Sequence[np.dtype[np.generic]]) -> NDArray[np.uint64]:
+    """The content hash of each cell: that of its run, but where integers became float32 and may have been rounded."""
+    if cells.expressions.dtype.kind == "f" and any(kind.kind == "u" for kind in types_found):
+        return content_hashes(cells)[0]
+    return cells.columns[CONTENT_HASH].astype(np.uint64, copy=False)
 
 
 def sorted_dictionary(values: pa.Array) -> pa.DictionaryArray:
@@ -133,7 +152,7 @@ def _ragged(batch: pa.RecordBatch) -> RaggedBatch:
     values = slice(offsets[0], offsets[-1])
     genes, expressions = (batch.column(name).values.to_numpy()[values] for name in (GENES, EXPRESSIONS))
     return RaggedBatch(genes, expressions, offsets - offsets[0],
-                       {name: batch.column(name).to_numpy() for name in (CELL_ID, SOURCE_ROW, KEY)})
+                       {name: batch.column(name).to_numpy() for name in _KNOWN})
 
 
 def _ordered(parts: Sequence[RaggedBatch], order: NDArray[np.int64],

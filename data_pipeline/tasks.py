@@ -11,13 +11,15 @@ import pyarrow as pa
 
 from data_pipeline import ledger as books
 from data_pipeline.build_dir import BuildDir, Record
-from data_pipeline.cells import KEPT, SPLITS, judge
+from data_pipeline.cells import KEPT, SPLITS, groups_in_splits, judge
 from data_pipeline.config import CorpusConfig
+from data_pipeline.duplicates import HashFile, find_equals, read_equals, summary, write_equals, write_hashes
 from data_pipeline.plan import Block, SourcePlan, check_unchanged
 from data_pipeline.shuffle import KEY, merge_runs, ordered_buckets, shuffle_keys, shuffled_buckets, write_run
 from data_pipeline.tokenization import tokenize_block
 from scgpt import files
 from scgpt.data.arrow_format import write_obs, write_shard
+from scgpt.data.content import CONTENT_HASH, content_hashes
 from scgpt.data.manifest import ObsEntry, ShardEntry
 from scgpt.data.schema import CELL_ID, SOURCE, RaggedBatch
 
@@ -39,6 +41,8 @@ class ShardTask:
     split: str
     number: int                              # in the corpus: part-00000, ...
     parts: tuple[tuple[str, int, str], ...]  # (file of the run, record batch, source)
+    bucket: int                              # its number in the plan
+    equals: int                              # files that name cells to leave out
 
 
 def hash_source(layout: Layout, number: int, source: SourcePlan) -> Record:
@@ -72,6 +76,7 @@ def tokenize_to_run(layout: Layout, block: Block, source: SourcePlan, row_blocks
                                counts=config.cells.expression_kind == "counts")
         passes = source.obs.passes(opened, block.first, block.last)
         splits = source.obs.splits(opened, config.splits, block.first, block.last)
+        groups = source.obs.groups(opened, config.splits, block.first, block.last)
         metadata = source.obs.metadata(opened, config.columns, block.first, block.last)
         offsets = opened.value_offsets(block.first, block.last)
     check_unchanged(source)
@@ -84,20 +89,36 @@ def tokenize_to_run(layout: Layout, block: Block, source: SourcePlan, row_blocks
     else:
         keys = (np.uint64(block.source) << np.uint64(32)) + np.arange(block.first, block.last, dtype=np.uint64)
         buckets = ordered_buckets(block.values_before + offsets[:-1] - offsets[0], layout.n_values, n_shards)
-    cells.columns[KEY] = keys
+    hashes = content_hashes(cells)
+    cells.columns[KEY], cells.columns[CONTENT_HASH] = keys, hashes[0]
     kept = reasons == KEPT
-    path = layout.build.runs / f"{block_task(block)}.arrow"
+    path, hashes_path = layout.build.runs / f"{block_task(block)}.arrow", hash_file(layout.build, block)
     with files.publish(path) as temporary:
         parts = write_run(temporary, cells, metadata, kept=kept, splits=splits, buckets=buckets)
+    with files.publish(hashes_path) as temporary:
+        write_hashes(temporary, cells, np.flatnonzero(kept & (cells.lengths >= config.cells.duplicate_min_genes)),
+                     splits=splits, shards=buckets, sums=books.cell_sums(cells), hashes=hashes)
     result = {"cells": block.last - block.first, "ledger": ledger.to_json(), "parts": [asdict(part) for part in parts],
-              "integer": cells.expressions.dtype.kind == "u", "largest": float(cells.expressions.max(initial=0))}
-    return layout.build.write_record(block_task(block), result, [path])
+              "integer": cells.expressions.dtype.kind == "u", "largest": float(cells.expressions.max(initial=0)),
+              "groups": {} if groups is None else groups_in_splits(groups, splits, kept)}
+    return layout.build.write_record(block_task(block), result, [path, hashes_path])
+
+
+def find_duplicates(layout: Layout, part: int, parts: int, hashes: Sequence[HashFile], names: Sequence[str]) -> Record:
+    """Find the cells that equal an earlier one among a part of all hashes; `names` are those of the sources."""
+    equals = find_equals(hashes, part, parts)
+    path = equals_file(layout.build, part)
+    with files.publish(path) as temporary:
+        write_equals(temporary, equals)
+    return layout.build.write_record(duplicates_task(part), summary(equals, names), [path])
 
 
 def merge_to_shard(layout: Layout, task: ShardTask, expression_type: str) -> Record:
     """Gather a shard from its runs and write its two files."""
     runs = [(layout.build.runs / file, batch, source) for file, batch, source in task.parts]
-    cells, known = merge_runs(runs, np.dtype(expression_type), layout.config.columns)
+    left_out = read_equals([equals_file(layout.build, part) for part in range(task.equals)], SPLITS.index(task.split),
+                           task.bucket)
+    cells, known = merge_runs(runs, np.dtype(expression_type), layout.config.columns, left_out)
     folder, shards = layout.build.shards(task.split), layout.config.shards
     tokens, obs = folder / f"part-{task.number:05d}.arrow", folder / f"part-{task.number:05d}.obs.parquet"
     if shards.form == "zarr":
@@ -136,22 +157,51 @@ def block_task(block: Block) -> str:
     return f"block-{block.number:07d}"
 
 
+def hash_file(build: BuildDir, block: Block) -> Path:
+    """What finds the cells of a block that equal others."""
+    return build.runs / f"{block_task(block)}.hashes.arrow"
+
+
+def duplicates_task(part: int) -> str:
+    """Name of the record of the equal cells in a part of all hashes."""
+    return f"duplicates-{part:05d}"
+
+
+def equals_file(build: BuildDir, part: int) -> Path:
+    """The equal cells that a part has found."""
+    return build.runs / f"{duplicates_task(part)}.arrow"
+
+
 def shard_task(task: ShardTask) -> str:
     """Name of the record of a shard."""
     return f"shard-{task.split}-{task.number:05d}"
 
 
-def shard_tasks(sources: Sequence[SourcePlan], blocks: Sequence[Block], records: Sequence[Record]) -> list[ShardTask]:
-    """The shards to merge, in the order of the corpus; numbers leave out the shards that no cell is left for."""
+def shard_tasks(sources: Sequence[SourcePlan], blocks: Sequence[Block], records: Sequence[Record],
+                equals: Sequence[Record]) -> list[ShardTask]:
+    """The shards to merge, in the order of the corpus; numbers leave out the shards that no cell is left for.
+
+    Args:
+        sources: of the plan.
+        blocks, records: what was read, and the result of each block.
+        equals: the results of `find_duplicates` whose cells are to be left out.
+    """
     parts: dict[tuple[int, int], list[tuple[str, int, str]]] = {}
+    cells: dict[tuple[int, int], int] = {}
     for block, record in zip(blocks, records, strict=True):
         for part in record["parts"]:
-            parts.setdefault((part["split"], part["bucket"]), []).append(
+            shard = part["split"], part["bucket"]
+            parts.setdefault(shard, []).append(
                 (f"{block_task(block)}.arrow", part["batch"], sources[block.source].name))
+            cells[shard] = cells.get(shard, 0) + part["cells"]
+    for record in equals:
+        for split, bucket, fewer in record["shards"]:
+            cells[split, bucket] -= fewer
     tasks: list[ShardTask] = []
     for place, name in enumerate(SPLITS):
-        filled = sorted(bucket for split, bucket in parts if split == place)
-        tasks += [ShardTask(name, number, tuple(parts[place, bucket])) for number, bucket in enumerate(filled)]
+        filled = sorted(bucket for (split, bucket), left in cells.items() if split == place and left)
+        tasks += [ShardTask(name, number, tuple(parts[place, bucket]), bucket, len(equals))
+                  for number, bucket in enumerate(filled)]
     return tasks
 
 

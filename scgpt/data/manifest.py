@@ -83,6 +83,7 @@ class SplitEntry(Entry):
     shards: list[ShardEntry]                                # empty in the Zarr form
     compression: Literal["zstd", "lz4"] | None = None       # absent: none
     store: StoreEntry | None = None                         # absent: the Arrow form
+    groups: list[str] | None = None   # split by donor or dataset: which of them are here, sorted
 
     @property
     def form(self) -> Literal["arrow", "zarr"]:
@@ -141,6 +142,26 @@ class SourceEntry(Entry):
     values: int                     # stored values of the written cells
     expression_sum: float           # their sum
     genes: GeneSummary
+    columns: dict[str, str] | None = None   # metadata column of the corpus -> its name in this source's obs
+
+
+class QuarantinedEntry(Entry):
+    """A source that could not be read; no cell of it is in the corpus."""
+
+    name: str
+    file: str
+    reason: str
+    cells: int | None = None        # where its header could be read
+    sha256: str | None = None       # where the whole file could be read
+
+
+class DuplicatesEntry(Entry):
+    """Cells of equal genes and expressions, over all sources."""
+
+    compared: int                   # cells that were looked at: too few genes tell nothing
+    equal: int                      # cells that equal an earlier one, in the order of the sources and rows
+    across_splits: int              # cells of valid whose content is in train too; none is left where `removed`
+    removed: bool                   # whether the corpus was written without the `equal` cells
 
 
 class Manifest(Entry):
@@ -157,6 +178,8 @@ class Manifest(Entry):
     plan_sha256: str                # what was decided before any work
     seed: int
     config: dict[str, Any]          # resolved corpus configuration, without an absolute path
+    duplicates: DuplicatesEntry | None = None
+    quarantined: list[QuarantinedEntry] | None = None   # with on_error: skip
 
     def to_bytes(self) -> bytes:
         """The file's content: one byte sequence for one manifest, its own sha256 as the last key."""

@@ -120,8 +120,7 @@ def build_here(config: CorpusConfig, out: Path, *, workers: Here | None = None, 
     """A build as `execute.build` does it, with `Here` in Ray's place."""
     plan = make_plan(config)
     with claim(out, plan, fresh=fresh) as directory:
-        hashes, blocks, shards, stores = carry_out(directory, plan, workers or Here(), Progress(), {})
-        return commit(directory, plan, hashes=hashes, blocks=blocks, shards=shards, stores=stores, timing={})
+        return commit(directory, plan, carry_out(directory, plan, workers or Here(), Progress(), {}), timing={})
 
 
 def cells_of(corpus: Path) -> dict[tuple[str, int], dict[int, float]]:

@@ -32,7 +32,8 @@ def test_the_keys_that_scripts_rely_on_have_these_defaults(tmp_path: Path) -> No
         "vocab": "scgpt-human", "columns": ["dataset", "donor", "tissue", "cell_type", "assay"],
         "genes": {"min_gene_overlap": 0.3, "duplicates": "sum"},
         "cells": {"filter": None, "min_genes": 50, "max_genes": None, "min_counts": None, "max_counts": None,
-                  "max_value": None, "max_mito_fraction": None, "expression_kind": "counts"},
+                  "max_value": None, "max_mito_fraction": None, "remove_duplicates": False,
+                  "duplicate_min_genes": 20, "expression_kind": "counts"},
         "splits": {"valid": 0.03, "by": "cell", "seed": 0},
         "shards": {"form": "arrow", "max_bytes": 512 << 20, "compression": "none", "shuffle": True},
         "on_error": "fail", "seed": 0}

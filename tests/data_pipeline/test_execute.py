@@ -68,7 +68,7 @@ def left_by_us() -> list[Path]:
 def test_the_demo_corpus_is_whole_and_accounts_for_every_cell(demo: tuple[Path, BuildResult]) -> None:
     out, result = demo
     assert verify_corpus(out, deep=True) == result.manifest == Manifest.read(out)
-    assert set(result.seconds) == {"plan", "tokenise", "merge", "commit"}
+    assert set(result.seconds) == {"plan", "tokenise", "duplicates", "merge", "commit"}
     assert sum(source.cells_in for source in result.manifest.sources) == 3176
     for source in result.manifest.sources:
         assert source.cells_in == source.cells_written + sum(source.filtered.values())

@@ -15,6 +15,7 @@ from data_pipeline.shuffle import (
     sorted_dictionary,
     write_run,
 )
+from scgpt.data.content import CONTENT_HASH, content_hashes
 from scgpt.data.schema import CELL_ID, SOURCE_ROW, RaggedBatch, cell_ids, offsets_of
 from scgpt.errors import DataError
 
@@ -24,9 +25,11 @@ def random_cells(seed: int, n_cells: int, source: str = "a") -> RaggedBatch:
     lengths = draw.integers(0, 9, n_cells)
     rows = np.arange(n_cells)
     ids = cell_ids(source, rows)
-    return RaggedBatch(draw.integers(0, 60_000, lengths.sum()).astype(np.uint16),
-                       draw.integers(1, 99, lengths.sum()).astype(np.uint32), offsets_of(lengths),
-                       {CELL_ID: ids, SOURCE_ROW: rows, KEY: shuffle_keys(7, ids)})
+    cells = RaggedBatch(draw.integers(0, 60_000, lengths.sum()).astype(np.uint16),
+                        draw.integers(1, 99, lengths.sum()).astype(np.uint32), offsets_of(lengths),
+                        {CELL_ID: ids, SOURCE_ROW: rows, KEY: shuffle_keys(7, ids)})
+    cells.columns[CONTENT_HASH] = content_hashes(cells)[0]
+    return cells
 
 
 def as_lists(cells: RaggedBatch) -> dict[int, tuple[list[int], list[float]]]:
@@ -111,3 +114,26 @@ def test_dictionaries_are_sorted_and_hold_only_what_occurs() -> None:
     found = sorted_dictionary(column)
     assert found.dictionary.to_pylist() == ["a", "z"]
     assert found.to_pylist() == ["a", "z", None, "a"]
+
+
+@pytest.mark.parametrize("values", [np.uint32, np.float32])
+def test_content_hashes_are_those_of_the_stored_values(tmp_path: Path, values: type[np.generic]) -> None:
+    cells = random_cells(3, 50)
+    cells.expressions[::7] = (1 << 24) + 1   # no float32
+    cells.columns[CONTENT_HASH] = content_hashes(cells)[0]
+    parts = write_run(tmp_path / "run.arrow", cells, {}, kept=np.ones(50, bool), splits=np.zeros(50, np.int8),
+                      buckets=np.zeros(50, np.int64))
+    stored, known = merge_runs([(tmp_path / "run.arrow", parts[0].batch, "a")], np.dtype(values), [])
+    assert np.array_equal(known.column(CONTENT_HASH).to_numpy(), content_hashes(stored)[0])
+
+
+def test_cells_that_are_left_out_must_be_there(tmp_path: Path) -> None:
+    cells = random_cells(3, 50)
+    parts = write_run(tmp_path / "run.arrow", cells, {}, kept=np.ones(50, bool), splits=np.zeros(50, np.int8),
+                      buckets=np.zeros(50, np.int64))
+    runs = [(tmp_path / "run.arrow", parts[0].batch, "a")]
+    ids = cells.columns[CELL_ID].astype(np.uint64)
+    fewer, _ = merge_runs(runs, np.dtype(np.uint16), [], ids[[3, 40]])
+    assert as_lists(fewer).keys() == set(ids.tolist()) - {ids[3], ids[40]}
+    with pytest.raises(DataError, match="2 cells are to be left out, 1 are there"):
+        merge_runs(runs, np.dtype(np.uint16), [], np.array([ids[3], 5], np.uint64))

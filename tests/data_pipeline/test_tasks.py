@@ -96,7 +96,8 @@ def test_a_rerun_does_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.M
             return results
 
     build_here(config, out, workers=Watching())
-    assert done_again == [damaged]
+    assert done_again == [run for run in runs if run.name.startswith(damaged.name.partition(".")[0])]
+    assert damaged in done_again
     build_here(config, tmp_path / "whole")
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
 

@@ -50,6 +50,27 @@ class PackedLayout(NamedTuple):
     is_generation: Tensor | None = None  # (tokens,) bool
 
 
+def check_cells(cu_seqlens: Tensor, max_seqlen: int, n_tokens: int) -> None:
+    """Refuse boundaries that kernels would read past: ValueError. Values are read on a CPU only, where that is free.
+
+    Args:
+        cu_seqlens: must be (cells + 1,) int32 or int64, from 0 to `n_tokens` without descending.
+        max_seqlen: must not be below the longest cell.
+        n_tokens: tokens of all cells.
+    """
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be (cells + 1,) int32, not {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    lengths = cu_seqlens.diff()
+    first, last, shortest = int(cu_seqlens[0]), int(cu_seqlens[-1]), int(lengths.min()) if len(lengths) else 0
+    if first != 0 or last != n_tokens or shortest < 0:
+        raise ValueError(f"cu_seqlens must ascend from 0 to the number of tokens, {n_tokens}, not {first} to {last}"
+                         + (" with a step back" if shortest < 0 else ""))
+    if len(lengths) and int(lengths.max()) > max_seqlen:
+        raise ValueError(f"max_seqlen is {max_seqlen}, but a cell has {int(lengths.max())} tokens")
+
+
 class PaddedLayout(NamedTuple):
     """The same for rows of equal length. A token that is neither key nor generation is padding."""
 
@@ -100,8 +121,16 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
         dropout_p: share of attention probabilities dropped.
         backend: one of BACKENDS.
         deterministic: ask the kernel for a deterministic backward.
+
+    Raises ValueError when shapes, dtypes or boundaries do not fit each other.
     """
+    alike = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    if not alike or q.dim() != 3 or not q.dtype.is_floating_point:
+        told = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v))
+        raise ValueError(f"q, k and v must be (tokens, heads, head_size) of one shape and floating dtype, not {told}")
+    check_cells(cu_seqlens, int(max_seqlen), len(q))
     longest = torch.as_tensor(max_seqlen, dtype=torch.int64)
+    cu_seqlens = cu_seqlens.int()  # what flash kernels take
     layout = PackedLayout(cu_seqlens, longest, cu_seqlens, longest)
     return attend(q, k, v, layout, dropout_p=dropout_p, backend=backend, deterministic=deterministic)
 

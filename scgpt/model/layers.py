@@ -24,53 +24,62 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu"
 class FlashSelfAttention(nn.Module):
     """Multi-head self-attention with upstream's flash names: `Wqkv`, `out_proj`.
 
-    A generation token's context skips `out_proj`, as in upstream's pretraining branch.
+    The layers call it with a layout. Called as flash-attn's FlashMHA, `(x, key_padding_mask)` with True at tokens, it
+    returns (output, None), as that does.
     """
-
-    _padding_attends = False  # flash kernels leave padding at zero
 
     def __init__(self, d_model: int, nhead: int, dropout: float, *, backend: str = "auto",
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        if d_model % nhead:
-            raise ValueError(f"d_model ({d_model}) must be a multiple of the number of heads ({nhead})")
-        self.nhead, self.dropout, self.backend = nhead, dropout, backend
-        self.deterministic = False
-        self._build(d_model, {"device": device, "dtype": dtype})
+        self.embed_dim, self.num_heads, self.head_dim, self.batch_first = d_model, nhead, d_model // nhead, True
+        self.dropout, self.backend, self.deterministic = dropout, backend, False
+        self.Wqkv = nn.Linear(d_model, 3 * d_model, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(d_model, d_model, device=device, dtype=dtype)
 
-    def _build(self, d_model: int, options: dict[str, Any]) -> None:
-        self.Wqkv = nn.Linear(d_model, 3 * d_model, **options)
-        self.out_proj = nn.Linear(d_model, d_model, **options)
+    def forward(self, x: Tensor, key_padding_mask: Layout | Tensor | None = None,
+                need_weights: bool = False) -> Tensor | tuple[Tensor, None]:  # noqa: FBT001, FBT002 FlashMHA's
+        """(..., d_model) -> (..., d_model), the leading shape as the layout says."""
+        if isinstance(key_padding_mask, (PackedLayout, PaddedLayout)):
+            return _self_attend(self, self.Wqkv(x), key_padding_mask)
+        if need_weights:
+            raise ValueError("flash attention keeps no attention weights: load them into a model built with "
+                             "use_fast_transformer=False, whose layers are torch's")
+        layout = padded_layout(x, None if key_padding_mask is None else key_padding_mask.logical_not())
+        return _self_attend(self, self.Wqkv(x), layout), None
 
-    def _project(self, src: Tensor) -> Tensor:
-        projected: Tensor = self.Wqkv(src)
+
+class TorchSelfAttention(nn.MultiheadAttention):
+    """torch's own module, with its names and initialisation; the layers call it with a layout, and our kernels attend.
+
+    Called as torch's, `(query, key, value, key_padding_mask=..., need_weights=True)`, it is torch's, weights and all.
+    """
+
+    def __init__(self, d_model: int, nhead: int, dropout: float, *, backend: str = "auto",
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__(d_model, nhead, dropout=dropout, batch_first=True, device=device, dtype=dtype)
+        self.backend, self.deterministic = backend, False
+
+    def forward(self, query: Tensor, key: Layout | Tensor, *others: Any, **options: Any) -> Any:
+        """(..., d_model) and a layout -> (..., d_model); padding attends to the tokens, as in torch's layer."""
+        if isinstance(key, (PackedLayout, PaddedLayout)):
+            qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+            return _self_attend(self, qkv, key, padding_attends=True)
+        return super().forward(query, key, *others, **options)
+
+
+def _self_attend(module: FlashSelfAttention | TorchSelfAttention, qkv: Tensor, layout: Layout, *,
+                 padding_attends: bool = False) -> Tensor:
+    """Projected tokens (..., 3 x d_model) -> (..., d_model). Flash kernels leave padding at zero before `out_proj`.
+
+    A generation token's context skips `out_proj`, as in upstream's pretraining branch.
+    """
+    q, k, v = qkv.unflatten(-1, (3, module.num_heads, -1)).unbind(-3)
+    context = attend(q, k, v, layout, dropout_p=module.dropout if module.training else 0.0, backend=module.backend,
+                     deterministic=module.deterministic, all_queries=padding_attends).flatten(-2)
+    projected: Tensor = module.out_proj(context)
+    if layout.is_generation is None:
         return projected
-
-    def forward(self, src: Tensor, layout: Layout) -> Tensor:
-        """(..., d_model) -> (..., d_model), the leading shape as `layout` says."""
-        q, k, v = self._project(src).unflatten(-1, (3, self.nhead, -1)).unbind(-3)
-        context = attend(q, k, v, layout, dropout_p=self.dropout if self.training else 0.0, backend=self.backend,
-                         deterministic=self.deterministic, all_queries=self._padding_attends).flatten(-2)
-        projected: Tensor = self.out_proj(context)
-        if layout.is_generation is not None:
-            projected = torch.where(layout.is_generation.unsqueeze(-1), context, projected)
-        return projected
-
-
-class TorchSelfAttention(FlashSelfAttention):
-    """The same with the names and the initialisation of `torch.nn.MultiheadAttention`."""
-
-    _padding_attends = True  # torch's layer lets padding look at the tokens
-
-    def _build(self, d_model: int, options: dict[str, Any]) -> None:
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model, **options))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * d_model, **options))
-        self.out_proj = nn.Linear(d_model, d_model, **options)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def _project(self, src: Tensor) -> Tensor:
-        return F.linear(src, self.in_proj_weight, self.in_proj_bias)
+    return torch.where(layout.is_generation.unsqueeze(-1), context, projected)
 
 
 class FlashTransformerEncoderLayer(nn.Module):
@@ -94,7 +103,7 @@ class FlashTransformerEncoderLayer(nn.Module):
         attention_backend: one of `scgpt.model.attention.BACKENDS`.
     """
 
-    _attention: type[FlashSelfAttention] = FlashSelfAttention
+    _attention: type[FlashSelfAttention | TorchSelfAttention] = FlashSelfAttention
 
     def __init__(self, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
                  activation: str = "relu", layer_norm_eps: float = 1e-5, batch_first: bool = True,  # noqa: FBT001, FBT002 upstream
@@ -103,6 +112,8 @@ class FlashTransformerEncoderLayer(nn.Module):
         super().__init__()
         if not batch_first:
             raise ValueError("batch_first=False is not supported: give (batch, seq, d_model)")
+        if d_model % nhead:
+            raise ValueError(f"d_model ({d_model}) must be a multiple of the number of heads ({nhead})")
         if activation not in _ACTIVATIONS:
             raise RuntimeError(f"activation should be relu/gelu, not {activation}")
         if norm_scheme not in ("pre", "post"):
@@ -124,7 +135,7 @@ class FlashTransformerEncoderLayer(nn.Module):
                 **kwargs: Any) -> Tensor:
         """(batch, seq, d_model) with padding True in `src_key_padding_mask`, or any shape with `layout=`."""
         if src_mask is not None:
-            raise ValueError("FlashTransformerEncoderLayer takes no src_mask: every token sees its whole cell")
+            raise ValueError(f"{type(self).__name__} takes no src_mask: every token sees its whole cell")
         layout: Layout | None = kwargs.get("layout")
         if layout is None:
             layout = padded_layout(src, src_key_padding_mask)
@@ -157,12 +168,14 @@ class TransformerEncoder(nn.Module):
 
     def __init__(self, layer: FlashTransformerEncoderLayer, num_layers: int) -> None:
         super().__init__()
-        self.recompute = False
+        self.recompute, self.num_layers, self.norm = False, num_layers, None
         self.layers = nn.ModuleList([copy.deepcopy(layer) for _ in range(num_layers)])
 
-    def forward(self, src: Tensor, src_key_padding_mask: Tensor | None = None, *,
-                layout: Layout | None = None) -> Tensor:
-        """As the layers: `layout` is computed once for all of them."""
+    def forward(self, src: Tensor, mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None,
+                is_causal: bool | None = None, *, layout: Layout | None = None) -> Tensor:  # noqa: FBT001 torch's
+        """As the layers: `layout` is computed once for all of them; `mask` and `is_causal` are refused."""
+        if mask is not None or is_causal:
+            raise ValueError("the encoder takes no mask and is not causal: every token sees its whole cell")
         if layout is None:
             layout = padded_layout(src, src_key_padding_mask)
         recompute = self.recompute and torch.is_grad_enabled()
@@ -172,9 +185,12 @@ class TransformerEncoder(nn.Module):
 
 
 def padded_layout(src: Tensor, src_key_padding_mask: Tensor | None) -> PaddedLayout:
-    """The layout of padded rows; None: no padding. The mask is True at padding."""
+    """The layout of padded rows: True in the mask is padding, None is none. Another shape is a ValueError."""
     if src_key_padding_mask is None:
         return PaddedLayout(torch.ones(src.shape[:2], dtype=torch.bool, device=src.device))
+    if src_key_padding_mask.shape != src.shape[:2]:
+        raise ValueError(f"src_key_padding_mask has the shape {tuple(src_key_padding_mask.shape)}, "
+                         f"the tokens {tuple(src.shape[:2])}")
     return PaddedLayout(src_key_padding_mask.logical_not())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scgpt.model.attention import PackedLayout
+from scgpt.model.attention import PackedLayout, check_cells
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,19 @@ class PackedTensors:
     perception_index: Tensor | None = None  # (keys,) int64, which tokens are perception, ascending
     pert_flags: Tensor | None = None        # (tokens,) int64: 0, 1 perturbed, 2 padding; for TransformerGenerator
 
+    def __post_init__(self) -> None:
+        """Refuse what attention would read past, or mix up, with ValueError."""
+        n_tokens = self.gene_ids.numel()
+        check_cells(self.cu_seqlens, self.max_seqlen, n_tokens)
+        for name, tensor, count in (("gene_ids", self.gene_ids, n_tokens), ("values", self.values, n_tokens),
+                                    ("pert_flags", self.pert_flags, n_tokens),
+                                    ("batch_labels", self.batch_labels, self.n_cells)):
+            if tensor is not None and tensor.shape != (count,):
+                raise ValueError(f"{name} must have the shape ({count},) for {n_tokens} tokens in {self.n_cells} cells,"
+                                 f" not {tuple(tensor.shape)}")
+        if self.cu_seqlens.device.type == "cpu" and not bool(self.cu_seqlens.diff().all()):
+            raise ValueError("a cell has no token: `<cls>` opens every cell")
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedTensors":
         """A copy on `device` (or self's tensors, where they are there already)."""
         moved: dict[str, Any] = {field.name: value.to(device, non_blocking=non_blocking) for field in fields(self)
@@ -37,6 +50,8 @@ class PackedTensors:
 
         Call it on the CPU, before `to`: the number of perception tokens is read.
         """
+        if perception_lengths.shape != (self.n_cells,):
+            raise ValueError(f"perception_lengths must be ({self.n_cells},), not {tuple(perception_lengths.shape)}")
         lengths = perception_lengths.to(torch.int32)
         if bool((lengths > self.cu_seqlens.diff()).any()) or bool((lengths < 0).any()):
             raise ValueError("perception_lengths must be between 0 and the number of tokens of each cell")
@@ -67,10 +82,10 @@ class PackedTensors:
 
     def layout(self) -> PackedLayout:
         """Who attends to whom."""
-        longest = torch.tensor(self.max_seqlen)
+        longest, cu_seqlens = torch.tensor(self.max_seqlen), self.cu_seqlens.int()
         if self.cu_perception is None:
-            return PackedLayout(self.cu_seqlens, longest, self.cu_seqlens, longest)
-        return PackedLayout(self.cu_seqlens, longest, self.cu_perception, torch.tensor(self.max_perception),
+            return PackedLayout(cu_seqlens, longest, cu_seqlens, longest)
+        return PackedLayout(cu_seqlens, longest, self.cu_perception, torch.tensor(self.max_perception),
                             self.perception_index, self.is_generation)
 
     def pad(self, x: Tensor) -> tuple[Tensor, Tensor]:

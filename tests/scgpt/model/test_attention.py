@@ -92,6 +92,17 @@ def test_padding_that_attends_looks_at_the_tokens_of_its_row(backend):
     torch.testing.assert_close(out.flatten(0, 1), dense_attention(*(x.flatten(0, 1) for x in (q, k, v)), allowed))
 
 
+@pytest.mark.parametrize(("change", "says"), [
+    ({"k": torch.zeros(4, 2, 8)}, "of one shape"), ({"k": torch.zeros(6, 1, 8)}, "of one shape"),
+    ({"v": torch.zeros(6, 2, 8, dtype=torch.float64)}, "dtype"), ({"max_seqlen": 2}, "max_seqlen"),
+    ({"cu_seqlens": torch.tensor([0, 9])}, "number of tokens")], ids=str)
+def test_inputs_that_kernels_would_read_past_are_refused(change, says):
+    """Without the check the first of these ends the process: torch's kernel divides by its zero keys."""
+    q, cu_seqlens = torch.zeros(6, 2, 8), torch.tensor([0, 3, 6], dtype=torch.int32)
+    with pytest.raises(ValueError, match=says):
+        varlen_attention(**{"q": q, "k": q, "v": q, "cu_seqlens": cu_seqlens, "max_seqlen": 3} | change)
+
+
 def test_an_empty_batch_gives_an_empty_result():
     layout = PaddedLayout(torch.zeros(0, 4, dtype=torch.bool))
     q = torch.zeros(0, 4, 2, 8)

@@ -4,6 +4,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
+from scgpt.model.attention import PaddedLayout
 from scgpt.model.layers import (
     FlashTransformerEncoderLayer,
     TorchTransformerEncoderLayer,
@@ -41,6 +42,12 @@ def test_both_namings_give_the_same_numbers():
 def test_no_mask_means_no_padding():
     layer, x = FlashTransformerEncoderLayer(16, 2, 12, 0.0), torch.randn(2, 4, 16)
     assert torch.equal(layer(x), layer(x, src_key_padding_mask=torch.zeros(2, 4, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 4), (4, 2)])
+def test_a_mask_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match="src_key_padding_mask"):
+        FlashTransformerEncoderLayer(16, 2)(torch.randn(2, 4, 16), src_key_padding_mask=torch.zeros(shape).bool())
 
 
 def test_initialisation_draws_what_torch_draws():
@@ -143,6 +150,32 @@ def test_compiled_code_of_inductor_gives_the_same_gradients(fresh_compiler):
         got = gradient_of(compiled, x, layout, layer)
         want = gradient_of(lambda x, layout: layer(x, layout=layout), x, layout, layer)
         assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("layer_type", [FlashTransformerEncoderLayer, TorchTransformerEncoderLayer])
+def test_attention_can_be_called_as_the_module_whose_names_it_bears(layer_type):
+    attention, x = layer_type(16, 2, 12, 0.0).self_attn, torch.randn(2, 4, 16)
+    padding = torch.tensor([[False, False, False, False], [False, False, True, True]])
+    want = attention(x, PaddedLayout(~padding))
+    if layer_type is FlashTransformerEncoderLayer:
+        got, weights = attention(x, key_padding_mask=~padding)
+        assert weights is None
+        with pytest.raises(ValueError, match="weights"):
+            attention(x, need_weights=True)
+    else:
+        got, weights = attention(x, x, x, key_padding_mask=padding)
+        assert not weights[1, :, 2:].any()
+        assert isinstance(attention, torch.nn.MultiheadAttention)
+    torch.testing.assert_close(got[~padding], want[~padding])
+    assert (attention.embed_dim, attention.num_heads, attention.head_dim) == (16, 2, 8)
+
+
+def test_encoder_takes_torchs_positions_and_refuses_a_mask_between_tokens():
+    encoder, x = TransformerEncoder(TorchTransformerEncoderLayer(16, 2, 12, 0.0), 2), torch.randn(2, 4, 16)
+    padding = torch.tensor([[False, False, False, False], [False, False, True, True]])
+    assert torch.equal(encoder(x, None, padding), encoder(x, src_key_padding_mask=padding))
+    with pytest.raises(ValueError, match="no mask"):
+        encoder(x, torch.zeros(4, 4))
 
 
 def test_unknown_backend_is_refused():

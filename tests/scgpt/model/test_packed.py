@@ -1,4 +1,6 @@
 """PackedTensors: padding and back, the split, moving between devices."""
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -26,7 +28,26 @@ def test_split_marks_the_first_tokens_of_each_cell():
     assert packed.is_generation.tolist() == [False, False, True, False, True, True, True, True]
 
 
-@pytest.mark.parametrize("lengths", [[4, 1], [-1, 1]])
+@pytest.mark.parametrize(("change", "says"), [
+    ({"cu_seqlens": torch.tensor([0, 3, 5])}, "number of tokens"), ({"cu_seqlens": torch.tensor([0, 3, 9])}, "tokens"),
+    ({"cu_seqlens": torch.tensor([1, 3, 4])}, "not 1 to 4"), ({"cu_seqlens": torch.tensor([0, 5, 3, 4])}, "step back"),
+    ({"cu_seqlens": torch.tensor([0.0, 3.0, 4.0])}, "float32"),
+    ({"cu_seqlens": torch.tensor([[0, 3, 4]])}, r"\(1, 3\)"),
+    ({"cu_seqlens": torch.tensor([0, 3, 3, 4])}, "no token"), ({"max_seqlen": 2}, "max_seqlen is 2"),
+    ({"values": torch.zeros(3)}, "values"), ({"batch_labels": torch.zeros(3, dtype=torch.long)}, "batch_labels"),
+    ({"gene_ids": torch.zeros(2, 2, dtype=torch.long)}, "gene_ids"), ({"pert_flags": torch.zeros(3)}, "pert_flags")],
+    ids=str)
+def test_parts_that_do_not_fit_each_other_are_refused(change, says):
+    with pytest.raises(ValueError, match=says):
+        replace(cells([3, 1]), **change)
+
+
+def test_boundaries_of_either_integer_dtype_serve():
+    packed = cells([3, 1])
+    assert replace(packed, cu_seqlens=packed.cu_seqlens.long()).layout().cu_seqlens.dtype == torch.int32
+
+
+@pytest.mark.parametrize("lengths", [[4, 1], [-1, 1], [1]])
 def test_a_split_beyond_the_cell_is_refused(lengths):
     with pytest.raises(ValueError, match="perception_lengths"):
         cells([3, 1]).split(torch.tensor(lengths))

@@ -83,6 +83,9 @@ def measure(corpus: Path | str) -> Report:
         "vocab": manifest.vocab.model_dump(),
         "totals": _totals(manifest),
         "filtered": _filtered(manifest.sources),
+        "duplicates": manifest.duplicates.model_dump() if manifest.duplicates is not None else None,
+        "quarantined": [{"name": entry.name, "file": entry.file, "reason": entry.reason}
+                        for entry in manifest.quarantined or []],
         "sources": [_source(source) for source in manifest.sources],
         "genes_per_cell": _genes_per_cell(splits),
         "counts_per_cell": _counts_per_cell(splits),

@@ -3,7 +3,6 @@
 Every number of the page carries its place in report.json (`data-from`, a JSON pointer), so that the two can be held
 against each other. A policy in the page forbids scripts and requests, whatever a source may be called.
 """
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from importlib.resources import files as package_files
@@ -11,12 +10,12 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.charts import bar, histogram
 from data_pipeline.markup import Html, join, tag
 
 Report = dict[str, Any]        # plain values, as report.json holds them
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _GREYS = 5                     # that the style sheet has for reasons
-_LAST_TICK = 95                # per cent of the axis: a label further right would stick out
 _FILES_SHOWN = 12              # files shown at once; more are folded
 _REASONS = {"filter": "not matched by the filter", "no_genes": "no gene of the vocabulary",
             "min_genes": "fewer genes than min_genes", "max_genes": "more genes than max_genes",
@@ -70,13 +69,6 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, text: Sequen
     return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll", tabindex="0")
 
 
-def _bar(parts: Sequence[tuple[float, str]], whole: float, label: str) -> Html:
-    """A bar of parts (size, class); what they leave of the whole stays empty."""
-    pieces = (tag("i", class_=kind or None, style=f"width:{100 * size / max(whole, 1):.3f}%")
-              for size, kind in parts if size)
-    return tag("div", *pieces, class_="bar", role="img", aria_label=label)
-
-
 def _section(title: str, *content: str) -> Html:
     return tag("section", tag("h2", title), *content)
 
@@ -127,12 +119,33 @@ def _came_in(report: Report) -> Html:
             tag("div", tag("span", source["name"], class_="name"),
                 tag("span", _number(report, *at, "cells_kept"), " of ", _number(report, *at, "cells_in"), " cells, ",
                     _number(report, *at, "kept_share", form="share")), class_="head"),
-            _bar(parts, source["cells_in"], f"{source['cells_kept']:,} of {source['cells_in']:,} cells kept"),
+            bar(parts, source["cells_in"], f"{source['cells_kept']:,} of {source['cells_in']:,} cells kept"),
             tag("div", f"{source['file']}, ", _number(report, *at, "bytes", form="size"),
                 kept if source["cells_kept"] else "", left_out, class_="detail")))
     return _section("What came in, and what was kept",
                     _note("A cell that fails several limits counts under the first."),
-                    tag("ul", *legend, class_="legend"), tag("ul", *rows, class_="rows"))
+                    tag("ul", *legend, class_="legend"), tag("ul", *rows, class_="rows"), *_quarantined(report),
+                    _duplicates(report))
+
+
+def _quarantined(report: Report) -> list[Html]:
+    """The sources that could not be read, and why; nothing where all could."""
+    rows = (tag("li", tag("div", tag("span", entry["name"], class_="name"), class_="head"),
+                tag("div", f"{entry['file']}: {entry['reason']}", class_="detail")) for entry in report["quarantined"])
+    return [tag("h3", "Sources that could not be read"), _note("No cell of these is in the corpus."),
+            tag("ul", *rows, class_="rows")] if report["quarantined"] else []
+
+
+def _duplicates(report: Report) -> Html:
+    """How many cells are in twice; nothing where nobody looked."""
+    found = report["duplicates"]
+    if found is None:
+        return join([])
+    return tag("p", "Of ", _number(report, "duplicates", "compared"), " cells with enough genes to tell, ",
+               _number(report, "duplicates", "equal"), " equal an earlier one gene by gene; ",
+               "they are left out." if found["removed"] else "they are in.",
+               *([] if found["removed"] else [" ", _number(report, "duplicates", "across_splits"),
+                                              " cells of valid are in train too."]), class_="note")
 
 
 def _genes(report: Report) -> Html:
@@ -145,7 +158,7 @@ def _genes(report: Report) -> Html:
             tag("div", tag("span", source["name"], class_="name"),
                 tag("span", _number(report, *at, "n_mapped"), " of ", _number(report, *at, "n_genes"), " genes, ",
                     _number(report, *at, "overlap", form="share")), class_="head"),
-            _bar([(genes["n_mapped"], "")], genes["n_genes"], f"{genes['overlap']:.1%} of the genes have a token"),
+            bar([(genes["n_mapped"], "")], genes["n_genes"], f"{genes['overlap']:.1%} of the genes have a token"),
             tag("div", f"{_STYLES.get(genes['style'], genes['style'])} in {genes['column']}; ",
                 _number(report, *at, "n_renamed"), " found under another symbol, ",
                 _number(report, *at, "n_merged"), " summed into another, ",
@@ -183,35 +196,12 @@ def _distributions(report: Report) -> Html:
 
 def _histogram(report: Report, key: str, title: str, note: Html) -> Html:
     spread = report[key]
-    edges, cells = spread["histogram"]["edges"], spread["histogram"]["cells"]
-    first, last = math.log(max(edges[0], 1e-9)), math.log(max(edges[-1], 1e-9))
-    width = max(last - first, 1e-9)
-
-    def across(value: float) -> float:
-        return 100 * (math.log(max(value, 1e-9)) - first) / width
-
-    sides = [(across(low), across(high)) for low, high in itertools.pairwise(edges)]
-    heights = [count / max(right - left, 1e-9) for count, (left, right) in zip(cells, sides, strict=True)]
-    top = max(heights, default=0) or 1.0
-    bars = (Html(f'<rect x="{left:.3f}" y="{100 * (1 - height / top):.2f}" width="{max(right - left - 0.25, 0.1):.3f}" '
-                 f'height="{100 * height / top:.2f}"/>')
-            for height, (left, right) in zip(heights, sides, strict=True) if height)
-    plot = tag("div", tag("svg", *bars, viewBox="0 0 100 100", preserveAspectRatio="none", aria_hidden="true"),
-               tag("span", class_="mark", style=f"left:{across(spread['median']):.2f}%"),
-               class_="plot", role="img", aria_label=f"{title}: a histogram, median {spread['median']:,.0f}")
-    marks = (tag("span", f"{value:,g}", style=f"left:{across(value):.2f}%") for value in _ticks(edges[0], edges[-1])
-             if across(value) < _LAST_TICK)
     quantiles = _table(["min", "5%", "25%", "median", "75%", "95%", "max", "mean"], [
         [_number(report, key, name, form="decimal" if name == "mean" else "integer")
          for name in ("min", "p5", "p25", "median", "p75", "p95", "max", "mean")]], text=())
-    return tag("figure", tag("h3", title), plot, tag("div", *marks, class_="ticks"), quantiles, tag("figcaption", note))
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers on a logarithmic axis: 1, 10, 100; with 2 and 5 between them where there is room."""
-    decades = range(math.floor(math.log10(max(low, 1e-9))), math.ceil(math.log10(max(high, 1e-9))) + 1)
-    steps = (1, 2, 5) if len(decades) <= 3 else (1, 3) if len(decades) <= 5 else (1,)
-    return [value for decade in decades for step in steps if low <= (value := step * 10.0**decade) <= high]
+    plot = histogram(spread["histogram"]["edges"], spread["histogram"]["cells"], mark=spread["median"],
+                     label=f"{title}: a histogram, median {spread['median']:,.0f}")
+    return tag("figure", tag("h3", title), plot, quantiles, tag("figcaption", note))
 
 
 def _known(report: Report) -> Html:

@@ -180,6 +180,26 @@ def test_the_same_corpus_gives_the_same_bytes_and_stays_whole(corpus: Path, tmp_
     verify_corpus(corpus)
 
 
+@pytest.mark.parametrize("removed", [True, False])
+def test_what_could_not_be_read_and_what_is_in_twice_are_told(tmp_path: Path, removed: bool) -> None:
+    counts = random_counts(4, 40, 80, 0.6)
+    paths = [write_h5ad(tmp_path / f"{name}.h5ad", counts) for name in ("one", "two")]
+    config = config_of(*paths, tmp_path / "no" / "third.h5ad", on_error="skip", cells={"remove_duplicates": removed},
+                       splits={"valid": 0.3})
+    build_here(config, tmp_path / "corpus")
+    report = measure(tmp_path / "corpus")
+    assert [(entry["name"], entry["file"]) for entry in report["quarantined"]] == [("third", "third.h5ad")]
+    assert report["duplicates"]["equal"] == 40
+    assert report["duplicates"]["removed"] == removed
+    assert report["totals"]["cells_kept"] == (40 if removed else 80)
+    text = page(report)
+    assert "Sources that could not be read" in text
+    assert html.escape(report["quarantined"][0]["reason"], quote=False) in text
+    assert ("they are left out." in text, "cells of valid are in train too." in text) == (removed, not removed)
+    assert ("a copy of a cell that is kept" in text) == removed
+    assert all(shown == FORMATS[form](at(report, pointer)) for pointer, form, shown in numbers_of(text))
+
+
 def test_values_that_are_no_counts_are_told_as_what_they_are(tmp_path: Path) -> None:
     matrix = random_counts(2, 30, 40, 0.4)
     matrix.data = np.log1p(matrix.data)

@@ -2,6 +2,7 @@
 
 Nothing here depends on who works, or how many; everything that the bytes of a corpus depend on is under the hash.
 """
+import glob
 import hashlib
 import json
 import math
@@ -179,7 +180,24 @@ def expand(sources: Sequence[SourceConfig]) -> Iterator[tuple[Location, SourceCo
             raise ConfigError(f"the name '{config.name}' is given to {len(found)} files", where=str(pattern),
                               fix="leave the name out, so that each is called by its file's stem, or list the files")
         for location in found:
-            yield location, config
+            name = config.name or _matched(pattern, location)
+            yield location, config if name == config.name else config.model_copy(update={"name": name})
+
+
+def _matched(pattern: Location, location: Location) -> str | None:
+    """A name for a file whose own name the pattern fixes, so that all it matches share it: the folders it leaves open.
+
+    `runs/*/outs/filtered_feature_bc_matrix.h5` names each source by its folder in `runs`. None: the stem says it, which
+    neither depends on what else is matched.
+    """
+    wanted = pattern.url.split("/")
+    opened = [place for place, part in enumerate(wanted) if glob.has_magic(part)]
+    if not opened or opened[-1] == len(wanted) - 1 or pattern == location:
+        return None
+    found = location.url.split("/")
+    if "**" in wanted:
+        return "-".join(found[opened[0]:len(found) - (len(wanted) - 1 - opened[-1])]) or None
+    return "-".join(found[place] for place in opened)
 
 
 def _plan_source(source: Source, known: Fingerprint, source_config: SourceConfig, config: CorpusConfig,

@@ -69,8 +69,10 @@ class AnnDataFile(Source):
     def _choose(cls, root: Element, path: Location, name: str, layer: str,
                 close: Callable[[], None]) -> "AnnDataFile":
         if "obs" not in root or "var" not in root or not (X in root or "layers" in root):
+            parts = any(name.startswith("dataset_") for name in root)   # an annbatch collection
             raise SourceError(f"{cls.container}, but not AnnData: it holds {', '.join(sorted(root)[:8]) or 'nothing'}",
-                              where=str(path), fix="give a file that anndata has written (X, obs, var)")
+                              where=str(path), fix=f"give its parts: {path}/dataset_*" if parts else
+                                                   "give a file that anndata has written (X, obs, var)")
         present = _matrices(root)
         if layer != AUTO and layer not in present:
             raise ConfigError(f"there is no layer '{layer}'", where=str(path),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from data_pipeline.sources.location import Location
+from scgpt.data.ipc_message import field, follow
 
 _FILE_MAGIC, _FILE_END = b"ARROW1\0\0", b"ARROW1"
 _CONTINUATION = 0xFFFFFFFF
@@ -103,52 +104,31 @@ def _messages(stream, start: int) -> Iterator[tuple[int, bytes, int]]:  # type: 
         header = stream.read(size) if 0 < size <= _MAX_HEADER_BYTES else b""
         if len(header) != size:
             raise ValueError("a header of an Arrow message that is cut or damaged")
-        body = _number(header, _message_field(header, 3), "q")
+        body = _number(header, field(header, follow(header, 0), 3), "q")
         if body < 0 or offset + 8 + size + body > end:
             raise ValueError("an Arrow message that is longer than its file")
         yield offset, header, 8 + size + body
         offset += 8 + size + body
 
 
-# Flatbuffers, as far as headers need them: a table begins with the distance back to its vtable, which holds the size
-# of itself, of the table, then the place of each field in the table, 0 where the field has its default.
-
-def _field(header: bytes, table: int, number: int) -> int:
-    vtable = table - _number(header, table, "i")
-    entry = 4 + 2 * number
-    place = _number(header, vtable + entry, "H") if entry < _number(header, vtable, "H") else 0
-    return table + place if place else -1
-
-
 def _number(header: bytes, place: int, kind: str) -> int:
-    """The number at a place; 0, the default, at -1."""
-    if place == -1:
-        return 0
-    if place < 0:
-        raise ValueError("a damaged header of an Arrow message")
-    return int(struct.unpack_from(f"<{kind}", header, place)[0])
-
-
-def _follow(header: bytes, place: int) -> int:
-    return place + _number(header, place, "I")
-
-
-def _message_field(header: bytes, number: int) -> int:
-    return _field(header, _follow(header, 0), number)
+    """The number of a field at a place; 0, its default, where it is not there."""
+    return int(struct.unpack_from(f"<{kind}", header, place)[0]) if place else 0
 
 
 def _message(header: bytes) -> tuple[int, int]:
     """The kind of a message, and the place of the table that tells the rest."""
-    kind, place = _number(header, _message_field(header, 1), "B"), _message_field(header, 2)
-    if place == -1:
+    message = follow(header, 0)
+    kind, place = field(header, message, 1), field(header, message, 2)
+    if not kind or not place:
         raise ValueError("an Arrow message without a header")
-    return kind, _follow(header, place)
+    return header[kind], follow(header, place)
 
 
 def _lengths(header: bytes, table: int, node: int) -> tuple[int, int]:
     """Rows of a record batch, and entries of its node (a column, or a list's values) of this number."""
-    rows = _number(header, _field(header, table, 0), "q")
-    nodes = _follow(header, _field(header, table, 1))
+    rows = _number(header, field(header, table, 0), "q")
+    nodes = follow(header, field(header, table, 1))
     if not 0 <= node < _number(header, nodes, "I") or rows < 0:
         raise ValueError("a record batch that does not fit its schema")
     return rows, max(_number(header, nodes + 4 + 16 * node, "q"), 0)

@@ -32,6 +32,7 @@ KINDS: Mapping[str, Kind] = {
     "10x_mtx": Kind("tenx_folder:TenxFolder", holds=("*matrix.mtx", "*matrix.mtx.gz")),
     "soma": Kind("soma:SomaExperiment", (".soma",), ("__tiledb_group.tdb",)),
     "scbank": Kind("lists:ScBank", (".scb",), ("*.datatable.*", "gene_vocab.json"), ids=True),
+    "corpus": Kind("corpus:Corpus", holds=("manifest.json",)),
     "lists": Kind("lists:ListTable", (".parquet", ".arrow", ".feather"),
                   ("*.parquet", "*.arrow", "*.feather", "dataset_dict.json"), ids=True),
 }

@@ -84,9 +84,7 @@ class ListTable(Source):
         if not columns:
             return {}
         with reading(self.path, f"{', '.join(columns)}, rows {first} to {last}"):
-            schema = pa.schema([self.table.schema.field(name) for name in columns])
-            batches = [batch.cast(schema) for batch in self.table.read(columns, first, last)]
-            found = pa.Table.from_batches(batches, schema).unify_dictionaries()
+            found = self.table.read_table(columns, first, last)
             return {name: self._plain(name, found.column(name)) for name in columns}
 
     @override

@@ -42,6 +42,12 @@ class Table:
         rows = np.arange(first, last + 1)
         return np.floor(np.interp(rows, self.rows_before, self.values_before)).astype(np.int64)
 
+    def read_table(self, columns: Sequence[str], first: int, last: int) -> pa.Table:
+        """Columns of the rows [first, last) together, categories by one dictionary."""
+        schema = pa.schema([self.schema.field(name) for name in columns])
+        batches = [batch.cast(schema) for batch in self.read(columns, first, last)]
+        return pa.Table.from_batches(batches, schema).unify_dictionaries()
+
     def read(self, columns: Sequence[str], first: int, last: int) -> Iterator[pa.RecordBatch]:
         """Columns of the rows [first, last), in order, a bounded number of rows at a time."""
         if first >= last:
@@ -70,12 +76,12 @@ class Table:
 
 
 @lru_cache(maxsize=4)
-def open_table(files: tuple[Location, ...], column: str, state: str) -> Table:
+def open_table(files: tuple[Location, ...], column: str | None, state: str) -> Table:
     """Read where the pieces of files lie, and their schema.
 
     Args:
         files: all Parquet or all Arrow IPC.
-        column: the list column whose entries are counted.
+        column: the list column whose entries are counted; None, for Parquet alone: none is.
         state: of the files; another state is another table.
 
     Raises ValueError (pyarrow's are) where a file is not what its name says, not whole, or has other columns.
@@ -88,6 +94,8 @@ def open_table(files: tuple[Location, ...], column: str, state: str) -> Table:
         if place.name.endswith(PARQUET):
             with place.open() as stream, _parquet(stream) as file:
                 found, layout = file.schema_arrow, list(_row_groups(file, column))
+        elif column is None:
+            raise ValueError(f"{place.name} is not named as a Parquet file")
         else:
             arrow[number] = ArrowFile.read(place, column)
             found, layout = arrow[number].schema, [(batch.rows, batch.values) for batch in arrow[number].batches]
@@ -112,9 +120,12 @@ def _parquet(stream) -> parquet.ParquetFile:  # type: ignore[no-untyped-def]
     return parquet.ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False)
 
 
-def _row_groups(file: parquet.ParquetFile, column: str) -> Iterator[tuple[int, int]]:
+def _row_groups(file: parquet.ParquetFile, column: str | None) -> Iterator[tuple[int, int]]:
     """(rows, entries of the list column) of each row group."""
     about = file.metadata
+    if column is None:
+        yield from ((about.row_group(number).num_rows, 0) for number in range(about.num_row_groups))
+        return
     paths = [about.schema.column(place).path for place in range(about.num_columns)]
     place = next((place for place, path in enumerate(paths) if path.startswith(f"{column}.")), None)
     if place is None:

@@ -7,8 +7,23 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Buffer
 
 Codec = Literal["lz4", "zstd"]
+
+
+def field(metadata: Buffer, table: int, number: int) -> int:
+    """The place of a field of a FlatBuffer's table; 0 where it has its default."""
+    vtable = table - struct.unpack_from("<i", metadata, table)[0]
+    if 4 + 2 * number >= struct.unpack_from("<H", metadata, vtable)[0]:
+        return 0
+    place = struct.unpack_from("<H", metadata, vtable + 4 + 2 * number)[0]
+    return table + place if place else 0
+
+
+def follow(metadata: Buffer, place: int) -> int:
+    """Where the reference at a place leads."""
+    return int(place + struct.unpack_from("<I", metadata, place)[0])
 
 
 def read_metadata(metadata: memoryview) -> tuple[int, Codec | None, NDArray[np.int64]]:
@@ -16,25 +31,15 @@ def read_metadata(metadata: memoryview) -> tuple[int, Codec | None, NDArray[np.i
 
     Raises ValueError, IndexError or struct.error where the bytes are no record batch's message.
     """
-    def field(table: int, number: int) -> int:   # its place; 0: not there
-        vtable = table - struct.unpack_from("<i", metadata, table)[0]
-        if 4 + 2 * number >= struct.unpack_from("<H", metadata, vtable)[0]:
-            return 0
-        place = struct.unpack_from("<H", metadata, vtable + 4 + 2 * number)[0]
-        return table + place if place else 0
-
-    def follow(place: int) -> int:
-        return int(place + struct.unpack_from("<I", metadata, place)[0])
-
-    message = follow(0)
-    if metadata[field(message, 1)] != 3:
+    message = follow(metadata, 0)
+    if metadata[field(metadata, message, 1)] != 3:
         raise ValueError("not a record batch")
-    batch = follow(field(message, 2))
-    n_cells = struct.unpack_from("<q", metadata, field(batch, 0))[0] if field(batch, 0) else 0
-    buffers = follow(field(batch, 2))
+    batch = follow(metadata, field(metadata, message, 2))
+    n_cells = struct.unpack_from("<q", metadata, field(metadata, batch, 0))[0] if field(metadata, batch, 0) else 0
+    buffers = follow(metadata, field(metadata, batch, 2))
     count = struct.unpack_from("<I", metadata, buffers)[0]
     codec: Codec | None = None
-    if field(batch, 3):
-        compression = follow(field(batch, 3))
-        codec = "zstd" if field(compression, 0) and metadata[field(compression, 0)] == 1 else "lz4"
+    if field(metadata, batch, 3):
+        compression = follow(metadata, field(metadata, batch, 3))
+        codec = "zstd" if field(metadata, compression, 0) and metadata[field(metadata, compression, 0)] == 1 else "lz4"
     return n_cells, codec, np.frombuffer(metadata, np.int64, 2 * count, buffers + 4).reshape(-1, 2)

@@ -7,7 +7,7 @@ import pytest
 
 from data_pipeline import plan as planning
 from data_pipeline.config import CorpusConfig
-from data_pipeline.plan import check_unchanged, make_plan
+from data_pipeline.plan import check_unchanged, expand, make_plan
 from scgpt.config import load_config
 from scgpt.errors import ConfigError, ScgptError, SourceError
 from tests.data_pipeline.atlases import BLOOD, CHR21, PANCREAS, config_of, random_counts, write_h5ad
@@ -70,6 +70,19 @@ def test_a_glob_gives_each_file_its_stem(tmp_path: Path) -> None:
         shutil.copy(BLOOD, tmp_path / f"{name}.h5ad")
     plan = make_plan(config_of(tmp_path / "*.h5ad"))
     assert [source.name for source in plan.sources] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("pattern", "names"), [
+    ("runs/*/outs/counts.h5", ["s1", "s2"]), ("runs/s1/outs/counts.h5", ["counts"]),
+    ("runs/*/outs/*.h5", ["counts"] * 2),
+    ("r*s/s[12]/outs/counts.h5", ["runs-s1", "runs-s2"]), ("**/counts.h5", ["runs-s1-outs", "runs-s2-outs"])])
+def test_files_of_one_name_are_called_by_the_folders_that_a_glob_leaves_open(tmp_path: Path, pattern: str,
+                                                                             names: list[str]) -> None:
+    for name in ("s1", "s2"):
+        (tmp_path / "runs" / name / "outs").mkdir(parents=True)
+        (tmp_path / "runs" / name / "outs" / "counts.h5").touch()
+    found = expand(config_of(tmp_path / pattern).sources)
+    assert [config.name or location.stem for location, config in found] == names
 
 
 def test_two_sources_of_one_name_are_refused() -> None:

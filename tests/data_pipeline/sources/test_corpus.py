@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data_pipeline import plan
+from data_pipeline.sources import open_source
+from scgpt.data import TokenDataset
+from scgpt.errors import DataError, ScgptError
+from tests.data_pipeline.atlases import build_here, bytes_of, cells_of, config_of, random_counts, write_h5ad
+from tests.data_pipeline.sources.formats import gene_names, on_memory
+
+COUNTS = random_counts(1, 60, 40)
+SETTINGS = {"splits": {"valid": 0.3}, "shards": {"max_bytes": 4096}, "columns": ["tissue"]}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("c")
+    path = write_h5ad(folder / "a.h5ad", COUNTS, obs={"tissue": pd.Categorical(["blood", "lung", None] * 20)})
+    build_here(config_of(path, **SETTINGS), folder / "corpus")
+    return folder / "corpus"
+
+
+def test_rows_are_the_cells_of_train_then_valid(corpus: Path) -> None:
+    rows = np.concatenate([TokenDataset.open(corpus, split).obs(["source_row"]).column(0).to_numpy()
+                           for split in ("train", "valid")])
+    with open_source(corpus) as source:
+        assert (source.kind, source.n_cells, source.n_values()) == ("corpus", 60, COUNTS.nnz)
+        genes = [source.gene_names().index(name) for name in gene_names(40)]
+        for first, last in ((0, 60), (0, 1), (59, 60), (17, 50), (5, 5)):
+            found, expected = source.read_rows(first, last), COUNTS[rows[first:last]]
+            assert np.array_equal(found.toarray()[:, genes], expected.toarray())
+            assert found.nnz == expected.nnz
+            assert np.array_equal(np.diff(source.value_offsets(first, last)),
+                                  np.diff(COUNTS.indptr)[rows[first:last]])
+        assert {"source", "source_row", "tissue"} <= set(source.obs_columns())
+        assert source.obs(["source_row"], 17, 50)["source_row"].to_pylist() == rows[17:50].tolist()
+
+
+@pytest.mark.parametrize("shards", [{}, {"form": "zarr"}, {"compression": "zstd"}])
+def test_a_corpus_of_a_corpus_has_its_cells_and_what_is_known_of_them(tmp_path: Path, shards: dict[str, str],
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "BLOCK_VALUES", 100)
+    path = write_h5ad(tmp_path / "a.h5ad", COUNTS, obs={"tissue": pd.Categorical(["blood", "lung", None] * 20)})
+    build_here(config_of(path, **{**SETTINGS, "shards": {**SETTINGS["shards"], **shards}}), tmp_path / "first")
+    again = config_of(tmp_path / "first", columns=["tissue"], cells={"filter": 'tissue == "lung"'})
+    manifest = build_here(again, tmp_path / "second")
+    lung = {row: cell for (_, row), cell in cells_of(tmp_path / "first").items() if row % 3 == 1}
+    assert sorted(map(str, cells_of(tmp_path / "second").values())) == sorted(map(str, lung.values()))
+    assert set(TokenDataset.open(tmp_path / "second").obs(["tissue"]).column(0).to_pylist()) == {"lung"}
+    assert (manifest.sources[0].cells_in, manifest.sources[0].cells_written) == (60, 20)
+
+
+def test_a_corpus_behind_a_url_reads_the_same(corpus: Path) -> None:
+    with on_memory(corpus) as url, open_source(url) as far, open_source(corpus) as near:
+        assert np.array_equal(far.read_rows(7, 50).toarray(), near.read_rows(7, 50).toarray())
+        assert far.obs(["tissue"], 7, 50)["tissue"].to_pylist() == near.obs(["tissue"], 7, 50)["tissue"].to_pylist()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "vocab.json", "train/part-00000.arrow",
+                                  "train/part-00000.obs.parquet"])
+def test_a_damaged_corpus_makes_no_other(tmp_path: Path, corpus: Path, name: str) -> None:
+    for file, content in bytes_of(corpus).items():
+        (tmp_path / "a" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / file).write_bytes(content[:len(content) // 2] if file == name else content)
+    with pytest.raises(ScgptError, match=name.rpartition("/")[2] if "obs" not in name else "cannot be read"):
+        build_here(config_of({"path": str(tmp_path / "a"), "kind": "corpus"}), tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a corpus"):
+        open_source(tmp_path, kind="corpus")

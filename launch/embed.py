@@ -127,7 +127,7 @@ def load_embedder(release: Path, device: str = "auto") -> Embedder:
     model = build_model(ModelConfig.from_args(args), vocab)
     weights = release / SAFETENSORS_FILE
     weights = weights if weights.exists() else release / PT_FILE   # published folders hold only this one
-    load_state(model, read_state(weights), where=str(weights), ignore=("flag_encoder.",))
+    load_state(model, read_state(weights), where=str(weights), ignore=("flag_encoder.", "cls_decoder."))
     return make_embedder(model, vocab, collate_config_of(args), device)
 
 

@@ -1,5 +1,6 @@
 """TrainConfig: everything that decides the numbers of a run, as one frozen tree read from YAML."""
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -36,6 +37,8 @@ class DataConfig(Config):
     block_cells: PositiveInt = 1024        # cells of a block
     window_blocks: PositiveInt = 64        # blocks that are mixed with each other
     valid_split: str | None = "valid"      # held-out split; null: no validation
+    class_column: str | None = None        # metadata column of the corpus that `cls` predicts
+    batch_column: str | None = None        # metadata column with the batch or domain of a cell
     workers: NonNegativeInt = 2            # threads a rank that prepare steps ahead; 0: none
 
     @property
@@ -44,12 +47,26 @@ class DataConfig(Config):
         return Blocks(self.block_cells, self.window_blocks) if self.order == "blocks" else None
 
 
+class LossWeights(Config):
+    """Weights of the loss terms beside that of expression, which is 1; 0: off. Upstream's are in brackets."""
+
+    mvc: Positive = 1.0          # with objective.mvc [1]
+    prompted: Positive = 1.0     # generation prompted by the cell's embedding, in task `both` [1]
+    zero_prob: Positive = 1.0    # whether there is a value at all, with model.explicit_zero_prob [1]
+    dab: Positive = 1.0          # domain from the cell, its gradient reversed, with model.dab [1]
+    cls: NonNegative = 0.0       # class of the cell, data.class_column [1]
+    ecs: NonNegative = 0.0       # elastic cell similarity, within a micro-batch [10]
+    cce: NonNegative = 0.0       # contrast of two passes over the cells of all ranks [10]
+
+
 class ObjectiveConfig(Config):
     """What is learned, and what the model sees."""
 
-    task: Literal["pcpt"] = "pcpt"         # masked expression
+    task: Literal["pcpt", "gen", "both"] = "pcpt"   # masked; generative; generative and then prompted by the cell too
     mask_ratio: Share | Annotated[list[Share], Field(min_length=1)] = 0.4   # of several, each cell draws one
-    mvc: bool = True                       # also predict masked genes from the cell embedding
+    mvc: bool = True                       # also predict hidden genes from the cell embedding
+    cell_prompt_after: NonNegativeInt = 1000   # task `both`: steps before generation is prompted by the cell too
+    weights: LossWeights = LossWeights()
     n_bins: Annotated[int, Field(ge=3)] = 51   # bins, that of zero included
     context_length: Annotated[int, Field(ge=2)] = 1200   # tokens a cell at most, `<cls>` included
     input_style: Literal["binned", "log1p", "raw"] = "binned"
@@ -145,6 +162,45 @@ class TrainConfig(Config):
     train: RunConfig
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _model_fits_objective(self) -> "TrainConfig":
+        for wrong, what, fix in self._misfits():
+            if wrong:
+                raise ConfigError(what, fix=fix)
+        return self
+
+    def _misfits(self) -> Iterator[tuple[bool, str, str]]:
+        """(whether it is so, what does not go together, what to do)."""
+        model, objective, weights = self.model, self.objective, self.objective.weights
+        generative, generator = objective.task != "pcpt", model.kind == "generator"
+        category = model.input_emb_style == "category" and not generator
+        labels = model.dab or model.use_batch_labels or bool(model.domain_spec_batchnorm)
+        yield (generative and not model.generative, f"objective.task '{objective.task}' needs a generative model",
+               "set model.generative=true, or objective.task=pcpt")
+        yield (generative and model.input_emb_style == "scaling", "generation tokens have no value to scale",
+               "set model.input_emb_style=continuous, or objective.task=pcpt")
+        yield (generative and model.cell_emb_style == "w-pool", "generation tokens have no value to weigh by",
+               "set model.cell_emb_style=cls, or objective.task=pcpt")
+        yield (objective.mvc and not model.mvc, "objective.mvc needs the model's MVC decoder",
+               "set model.mvc=true, or objective.mvc=false")
+        yield (weights.cls > 0 and (model.n_cls < 2 or self.data.class_column is None),
+               "objective.weights.cls needs classes", "set model.n_cls and data.class_column")
+        yield (weights.cce > 0 and generator, "a generator has no cell embedding to contrast",
+               "set objective.weights.cce=0")
+        yield (generator and labels, "a generator knows no batches", "set model.kind=transformer")
+        yield (labels and self.data.batch_column is None, "the model needs the batch or domain of each cell",
+               "set data.batch_column to a metadata column of the corpus")
+        yield (category and (objective.input_style != "binned" or model.n_input_bins != objective.n_bins + 2),
+               "category input needs binned values and two categories more than bins",
+               f"set objective.input_style=binned and model.n_input_bins={objective.n_bins + 2}")
+
+    def collate_config(self) -> CollateConfig:
+        """How cells become batches of this model: categories have special values of their own."""
+        collating = self.objective.collate_config()
+        if self.model.input_emb_style != "category" or self.model.kind == "generator":
+            return collating
+        return replace(collating, pad_value=self.model.pad_value, mask_value=self.model.pad_value + 1)
 
 
 def differences(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:

@@ -5,7 +5,7 @@ and reads and collates those of its own.
 """
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from pretrain.partition import micro_batches, of_rank
 from pretrain.prefetch import Prefetch
 from scgpt.collate import CollateConfig, PackedBatch, collate
 from scgpt.data import RaggedBatch
+from scgpt.data.schema import offsets_of
 from scgpt.errors import ConfigError
 from scgpt.vocab import CLS
 
@@ -53,7 +54,7 @@ class GlobalStep:
 
     @property
     def n_targets(self) -> int:
-        """Positions of this rank that count in the loss; their sum over the ranks normalises it."""
+        """Positions of this rank that count in the loss."""
         return sum(batch.n_targets for batch in self.micro_batches)
 
     @property
@@ -96,7 +97,7 @@ class Loader:
     @classmethod
     def of_run(cls, config: "TrainConfig", cells: Cells, vocab: "GeneVocab", *, rank: int, world_size: int) -> "Loader":
         """The loader of a rank of a training."""
-        return cls(cells, config.objective.collate_config(), cls_id=vocab[CLS], seed=config.train.seed,
+        return cls(cells, config.collate_config(), cls_id=vocab[CLS], seed=config.train.seed,
                    global_batch_size=config.batch.global_batch_size, micro_batch_size=config.batch.micro_batch_size,
                    rank=rank, world_size=world_size, workers=config.data.workers, blocks=config.data.blocks)
 
@@ -141,6 +142,8 @@ class BatchTensors:
     targets: "torch.Tensor"      # (tokens,) float32
     target_mask: "torch.Tensor"  # (tokens,) bool
     positions: "torch.Tensor"    # (targets,) int64: the tokens where target_mask is True, ascending
+    class_labels: "torch.Tensor | None" = None   # (cells,) int64, -1: unknown
+    batch_labels: "torch.Tensor | None" = None   # (cells,) int64
 
 
 def to_tensors(batch: PackedBatch, device: "torch.device | str") -> BatchTensors:
@@ -158,6 +161,14 @@ def to_tensors(batch: PackedBatch, device: "torch.device | str") -> BatchTensors
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
 
+    def labels(array: NDArray[np.int32] | None) -> torch.Tensor | None:
+        return None if array is None else moved(array).long()
+
     inputs = PackedTensors(moved(batch.gene_ids).long(), moved(batch.values), moved(batch.cu_seqlens), batch.max_seqlen)
+    if batch.perception_lengths is not None:
+        inputs = replace(inputs, cu_perception=moved(offsets_of(batch.perception_lengths).astype(np.int32)),
+                         max_perception=int(batch.perception_lengths.max(initial=0)),
+                         perception_index=moved(np.flatnonzero(~batch.target_mask)))
     return BatchTensors(inputs, moved(batch.targets), moved(batch.target_mask),
-                        moved(np.flatnonzero(batch.target_mask)))
+                        moved(np.flatnonzero(batch.target_mask)), labels(batch.class_labels),
+                        labels(batch.batch_labels))

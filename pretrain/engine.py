@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pretrain.config import TrainConfig
 from pretrain.data import BatchTensors
-from pretrain.objectives import LossSums, loss_sums
+from pretrain.objectives import LossSums, Objective
 from pretrain.world import World
 from scgpt.errors import ConfigError
 from scgpt.rng import GOLDEN, PURPOSE_DROPOUT, PURPOSE_WEIGHTS, stream
@@ -146,42 +146,48 @@ class Engine:
                               fix="change the setting that it names") from error
         if config.deepspeed.zero_stage == 0 and self.precision != "fp32":
             _undo_first_update(self.deepspeed.optimizer)
-        self.objective, self.seed, self.world = config.objective, config.train.seed, world
+        self.objective, self.seed, self.world = Objective.of(config), config.train.seed, world
         self._copies = world.world_size * config.batch.accumulation(world.world_size)
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        if config.model.input_emb_style == "category":
+            self._dtype = torch.float32   # categories above 256 have no bf16
 
-    def train(self, batch: BatchTensors, *, step: int, micro_batch: int, count: int, lr: float) -> Tensor:
+    def train(self, batch: BatchTensors, *, step: int, micro_batch: int, counts: Sequence[int], lr: float) -> Tensor:
         """One forward and backward pass; the update too, where it is the rank's last of the step.
 
         Args:
             batch: this micro-batch.
             step: optimizer steps before this one.
             micro_batch: its number within the global batch; with the seed and the step, the key of its dropout.
-            count: hidden positions of the global batch, over all ranks.
+            counts: of the global batch, over all ranks, in the order of `Objective.units`.
             lr: learning rate of the update.
 
         Returns the micro-batch's sums (loss terms, then relative errors), (names,) float64, without gradient.
         """
         torch.manual_seed(_seed(self.seed, step, micro_batch, PURPOSE_DROPOUT))
-        sums = self._sums(batch)
-        self.deepspeed.backward(sums.scaled(count=count, copies=self._copies))
+        sums = self._sums(batch, step)
+        self.deepspeed.backward(sums.scaled(counts=counts, copies=self._copies))
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
         return sums.detached()
 
     @torch.no_grad()
-    def evaluate(self, batch: BatchTensors) -> Tensor:
-        """The sums of one micro-batch in evaluation mode: no dropout, no gradient. (names,) float64."""
+    def evaluate(self, batch: BatchTensors, *, key: int) -> Tensor:
+        """The sums of one micro-batch in evaluation mode: no dropout, no gradient. (names,) float64.
+
+        `key` seeds the one draw that is left: a generator with zero probabilities samples what it predicts.
+        """
+        torch.manual_seed(key & _SEED_BITS)
         self.deepspeed.eval()
         try:
-            return self._sums(batch).detached()
+            return self._sums(batch, None).detached()
         finally:
             self.deepspeed.train()
 
-    def _sums(self, batch: BatchTensors) -> LossSums:
+    def _sums(self, batch: BatchTensors, step: int | None) -> LossSums:
         inputs = replace(batch.inputs, values=batch.inputs.values.to(self._dtype))
-        return loss_sums(self.deepspeed, replace(batch, inputs=inputs), self.objective)
+        return self.objective.sums(self.deepspeed, replace(batch, inputs=inputs), step=step)
 
     @property
     def grad_norm(self) -> float:

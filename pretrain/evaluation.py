@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from pretrain.config import TrainConfig
 from pretrain.data import Cells, Loader, to_tensors
 from pretrain.engine import Engine
-from pretrain.objectives import metric_names, weighted
 from pretrain.world import World
 from scgpt.collate import PackedBatch, collate
 
@@ -33,16 +32,21 @@ class HeldOut:
     world: World
 
     def loss(self, engine: Engine) -> dict[str, float]:
-        """Means over all hidden values: `loss`, its terms, `mre`. All ranks call it, all get the same."""
-        names = metric_names(self.config.objective)
+        """Means over all hidden values (or cells): `loss`, its terms, `mre`. All ranks call it, all get the same.
 
-        def sums_of(batch: PackedBatch) -> NDArray[np.float64]:
-            result: NDArray[np.float64] = engine.evaluate(to_tensors(batch, self.world.device)).cpu().numpy()
-            return result
+        Terms that need a second forward pass are left out, and out of `loss`.
+        """
+        objective = engine.objective
+        n_units = len(objective.units)
 
-        sums = self._over_micro_batches(sums_of, len(names), even=engine.json["zero_optimization"]["stage"] == 3)
-        means = dict(zip(names, sums[:-1] / max(1.0, sums[-1]), strict=True))
-        return {"loss": weighted(means), **{name: float(value) for name, value in means.items()}}
+        def measure(batch: PackedBatch) -> NDArray[np.float64]:
+            tensors, key = to_tensors(batch, self.world.device), int(batch.cell_ids[0])
+            sums: NDArray[np.float64] = engine.evaluate(tensors, key=key).cpu().numpy()
+            return np.concatenate([objective.counts([batch], step=None), sums])
+
+        totals = self._over_micro_batches(measure, n_units + len(objective.names),
+                                          even=engine.json["zero_optimization"]["stage"] == 3)
+        return objective.means(totals[n_units:].tolist(), totals[:n_units].tolist())
 
     def gene_mean_loss(self, train_cells: Cells, n_tokens: int) -> float:
         """`loss_expression` of predicting, for each gene, the mean of its bins where the train split expresses it.
@@ -54,23 +58,23 @@ class HeldOut:
         def squared_errors(batch: PackedBatch) -> NDArray[np.float64]:
             hidden = batch.target_mask
             errors = batch.targets[hidden].astype(np.float64) - means[batch.gene_ids[hidden]]
-            return np.array([np.square(errors).sum()])
+            return np.array([np.square(errors).sum(), batch.n_targets])
 
-        total, count = self._over_micro_batches(squared_errors, 1, even=False)
+        total, count = self._over_micro_batches(squared_errors, 2, even=False)
         return float(total / max(1.0, count))
 
     def _over_micro_batches(self, measure: Callable[[PackedBatch], NDArray[np.float64]], n_sums: int, *,
                             even: bool) -> NDArray[np.float64]:
-        """The sums that `measure` gives, then the number of hidden values, over the split: (n_sums + 1,).
+        """The sums that `measure` gives, over the split: (n_sums,).
 
         With `even` every rank measures equally often, some micro-batch again where it has none left: ZeRO 3 gathers
         parameters in each forward pass, and a rank that stayed away would stop the others.
         """
         rows: list[NDArray[np.float64]] = []
         for n_micro, numbers, batches in self._steps():
-            table = np.zeros((n_micro, n_sums + 1))
+            table = np.zeros((n_micro, n_sums))
             for number, batch in zip(numbers, batches, strict=True):
-                table[number] = [*measure(batch), batch.n_targets]
+                table[number] = measure(batch)
             if even and len(numbers) < -(-n_micro // self.world.world_size):
                 measure(batches[-1] if batches else self._spare())
             rows.append(table)
@@ -88,7 +92,7 @@ class HeldOut:
 
     def _loader(self, rank: int) -> Loader:
         batch = self.config.batch
-        return Loader(self.cells, self.config.objective.collate_config(), cls_id=self.cls_id, seed=EVALUATION_SEED,
+        return Loader(self.cells, self.config.collate_config(), cls_id=self.cls_id, seed=EVALUATION_SEED,
                       global_batch_size=batch.global_batch_size, micro_batch_size=batch.micro_batch_size, rank=rank,
                       world_size=self.world.world_size, workers=self.config.data.workers, evaluation=True)
 
@@ -99,7 +103,7 @@ class HeldOut:
         sums = np.zeros((2, n_tokens))
         for first in range(0, len(chosen), _CHUNK_CELLS):
             cells = train_cells.fetch(chosen[first:first + _CHUNK_CELLS])
-            batch = collate(cells, self.config.objective.collate_config(), cls_id=self.cls_id, seed=EVALUATION_SEED,
+            batch = collate(cells, self.config.collate_config(), cls_id=self.cls_id, seed=EVALUATION_SEED,
                             epochs=0, mask=False)
             is_gene = batch.gene_ids != self.cls_id
             genes, bins = batch.gene_ids[is_gene], batch.targets[is_gene].astype(np.float64)

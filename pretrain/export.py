@@ -20,17 +20,19 @@ from pretrain.release import args_json, config_json, model_card
 from pretrain.run_directory import VOCAB
 from pretrain.shards import Shards
 from scgpt.config import validate
+from scgpt.data.schema import offsets_of
 from scgpt.errors import CheckpointError, ConfigError
 from scgpt.files import json_bytes, publish, remove_abandoned, sha256, write_bytes
 from scgpt.model.build import build_model
 from scgpt.model.config import ModelConfig
+from scgpt.model.decoders import ClsDecoder
 from scgpt.model.packed import PackedTensors
 from scgpt.model.weights import PT_FILE, SAFETENSORS_FILE, load_state, read_state, write_release_tensors
 from scgpt.vocab import CLS, GeneVocab
 
 RECORDED, ARGS, CONFIG, CARD = "recorded.safetensors", "args.json", "config.json", "README.md"
-_INPUTS = ("gene_ids", "values", "cu_seqlens")
-_OUTPUTS = ("mlm_output", "mvc_output", "cell_emb")
+_INPUTS = ("gene_ids", "values", "cu_seqlens", "perception_lengths", "batch_labels")   # the last two where asked for
+_OUTPUTS = ("mlm_output", "mlm_zero_probs", "mvc_output", "cell_emb")
 _RECORDED_CELLS, _RECORDED_TOKENS = 8, 64   # cells of the recorded input, tokens of the longest
 _TOLERANCE = 1e-4   # of an output, relative to the largest: other machines add up in another order
 _FIX = "take the release from where it was published, or export it again"
@@ -76,7 +78,9 @@ def _vocab_of(run: Path, state: RunState) -> GeneVocab:
 
 def _write(folder: Path, config: TrainConfig, state: RunState, vocab: GeneVocab, shards: Shards) -> None:
     n_parameters = config.model.count_parameters(len(vocab))
-    write_release_tensors(folder, shards.shapes, shards.read)
+    untrained = _untrained(config.model)
+    shapes = shards.shapes | {name: tensor.shape for name, tensor in untrained.items()}
+    write_release_tensors(folder, shapes, lambda name: untrained[name] if name in untrained else shards.read(name))
     write_bytes(folder / ARGS, json_bytes(args_json(config, state)))
     write_bytes(folder / VOCAB, vocab.to_bytes())
     write_bytes(folder / CONFIG, json_bytes(config_json(config, state, n_parameters)))
@@ -86,9 +90,19 @@ def _write(folder: Path, config: TrainConfig, state: RunState, vocab: GeneVocab,
     write_bytes(folder / SUMS, sums_bytes({path.name: sha256(path) for path in folder.iterdir()}))
 
 
+def _untrained(config: ModelConfig) -> dict[str, Tensor]:
+    """What stock scGPT looks for and a generative model of one class does not have: a class decoder, freshly drawn."""
+    if not config.generative or config.n_cls > 1:
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        decoder = ClsDecoder(config.d_model, config.n_cls, nlayers=config.n_layers_cls)
+    return {f"cls_decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
+
+
 def _recorded_inputs(vocab: GeneVocab, config: TrainConfig) -> dict[str, Tensor]:
     """Made-up cells: `<cls>`, then genes with bins, some of them hidden. Always the same for a vocabulary."""
-    draw, collating = np.random.default_rng(0), config.objective.collate_config()
+    draw, collating, model = np.random.default_rng(0), config.collate_config(), config.model
     genes = np.array([index for token, index in vocab.items() if not token.startswith("<")])
     longest = min(_RECORDED_TOKENS, collating.context_length, len(genes) + 1)
     lengths = np.linspace(2, longest, _RECORDED_CELLS).astype(np.int32)
@@ -99,8 +113,13 @@ def _recorded_inputs(vocab: GeneVocab, config: TrainConfig) -> dict[str, Tensor]
         hidden = draw.random(length - 1) < 0.4
         gene_ids += [vocab[CLS], *np.sort(draw.choice(genes, length - 1, replace=False)).tolist()]
         values += [collating.cls_value, *np.where(hidden, collating.mask_value, bins).tolist()]
-    return {"gene_ids": torch.tensor(gene_ids), "values": torch.tensor(values, dtype=torch.float32),
-            "cu_seqlens": torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))}
+    inputs = {"gene_ids": torch.tensor(gene_ids), "values": torch.tensor(values, dtype=torch.float32),
+              "cu_seqlens": torch.from_numpy(offsets_of(lengths).astype(np.int32))}
+    if model.generative:   # half of each cell is generated
+        inputs["perception_lengths"] = torch.from_numpy(-(-lengths // 2))
+    if model.use_batch_labels or model.domain_spec_batchnorm:
+        inputs["batch_labels"] = torch.zeros(len(lengths), dtype=torch.int64)
+    return inputs
 
 
 @torch.no_grad()
@@ -110,11 +129,17 @@ def _outputs(folder: Path, weights: str, inputs: dict[str, Tensor]) -> dict[str,
     vocab = GeneVocab.from_file(folder / VOCAB, default_token=None)
     config = ModelConfig.from_args(args)
     model = build_model(config, vocab, device="meta")
-    load_state(model, read_state(folder / weights), where=str(folder / weights))
+    load_state(model, read_state(folder / weights), where=str(folder / weights), ignore=("cls_decoder.",))
     model.eval()
-    packed = PackedTensors(inputs["gene_ids"], inputs["values"], inputs["cu_seqlens"],
-                           int(inputs["cu_seqlens"].diff().max()))
-    output = model(packed, MVC=config.mvc)
+    packed = PackedTensors(
+        inputs["gene_ids"], inputs["values"], inputs["cu_seqlens"], int(inputs["cu_seqlens"].diff().max()),
+        batch_labels=inputs.get("batch_labels"),
+        pert_flags=torch.zeros_like(inputs["gene_ids"]) if config.kind == "generator" else None)
+    if "perception_lengths" in inputs:
+        packed = packed.split(inputs["perception_lengths"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)   # a generator with zero probabilities samples what it predicts
+        output = model(packed, MVC=config.mvc)
     return {name: output[name].float().contiguous() for name in _OUTPUTS if name in output}
 
 
@@ -133,7 +158,7 @@ def verify(release: Path) -> dict[str, float]:
     if missing:
         raise CheckpointError(f"the release lacks {', '.join(sorted(missing))}", where=str(release), fix=_FIX)
     recorded = load_file(release / RECORDED)
-    inputs = {name: recorded[name] for name in _INPUTS}
+    inputs = {name: recorded[name] for name in _INPUTS if name in recorded}
     compared, largest = 0, 0.0
     for weights in (SAFETENSORS_FILE, PT_FILE):
         for name, output in _outputs(release, weights, inputs).items():

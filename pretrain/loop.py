@@ -15,7 +15,6 @@ from pretrain.engine import Engine
 from pretrain.evaluation import HeldOut
 from pretrain.metrics import Window
 from pretrain.mixture import Mixture
-from pretrain.objectives import metric_names
 from pretrain.prefetch import Prefetch
 from pretrain.recovery import Interruption
 from pretrain.run_directory import CONFIG, DEEPSPEED, OpenRun, open_run
@@ -69,7 +68,7 @@ class Training:
         self.loader = Loader.of_run(config, corpus.train, corpus.vocab, rank=world.rank, world_size=world.world_size)
         self.held_out = (HeldOut(corpus.valid, config, corpus.vocab[CLS], world) if corpus.valid is not None
                          else None)
-        self.window = Window(self.state.window, metric_names(config.objective))
+        self.window = Window(self.state.window, self.engine.objective)
         if self.state.step:
             checkpoint.load(self.engine, self.checkpoints, self.state, world)
         if world.is_first:   # from here on the run is continued: no earlier failure has changed a file of it
@@ -117,16 +116,17 @@ class Training:
     def _learn(self, step: GlobalStep) -> bool:
         """One optimizer step; whether any rank asks to stop after it."""
         asks = self.interruption.reason is not None
-        n_targets, n_tokens, n_asking = self.world.sum(torch.tensor([step.n_targets, step.n_tokens, asks])).tolist()
+        counts = self.engine.objective.counts(step.micro_batches, step=self.state.step)
+        *counts, n_tokens, n_asking = self.world.sum(torch.tensor([*counts, step.n_tokens, asks])).tolist()
         lr = learning_rate(self.state.step + 1, lr=self.config.optimizer.lr, schedule=self.config.schedule,
                            total_steps=self.total_steps)
         sums = [self.engine.train(to_tensors(batch, self.world.device), step=self.state.step, micro_batch=number,
-                                  count=n_targets, lr=lr)
+                                  counts=counts, lr=lr)
                 for number, batch in zip(step.numbers, step.micro_batches, strict=True)]
         self.state.step += 1
         self.state.cells_seen += step.n_cells
         self.state.tokens_seen += n_tokens
-        self.window.add(torch.stack(sums).sum(0), n_targets=n_targets, n_cells=step.n_cells, n_tokens=n_tokens, lr=lr)
+        self.window.add(torch.stack(sums).sum(0), counts=counts, n_cells=step.n_cells, n_tokens=n_tokens, lr=lr)
         return bool(n_asking)
 
     def _tell(self, steps: Prefetch[GlobalStep]) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import TrainConfig
-from pretrain.objectives import weighted
+from pretrain.objectives import Objective
 from pretrain.world import World
 from scgpt.errors import CheckpointError, ScgptError
 from scgpt.files import remove
@@ -218,23 +218,24 @@ class Window:
     So a row that a resume completes has the very numbers of the uninterrupted run's.
 
     Args:
-        rows: of a checkpoint: for each step its hidden positions, then the sums in the order of `names`.
-        names: of the sums.
+        rows: of a checkpoint: for each step the counts in the order of `objective.units` (first its hidden positions),
+            then the sums in the order of `objective.names`.
+        objective: what the sums are of.
     """
 
-    def __init__(self, rows: Sequence[Sequence[float]], names: Sequence[str]) -> None:
-        self._names, self._rows = names, [list(row) for row in rows]
+    def __init__(self, rows: Sequence[Sequence[float]], objective: Objective) -> None:
+        self._objective, self._rows = objective, [list(row) for row in rows]
         self._lr, self._waited_s = 0.0, 0.0
         self._restart()
 
     def _restart(self) -> None:
-        self._pending: list[tuple[int, Tensor]] = []
+        self._pending: list[tuple[Sequence[int], Tensor]] = []
         self._steps = self._cells = self._tokens = 0
         self._started = time.perf_counter()
 
-    def add(self, sums: Tensor, *, n_targets: int, n_cells: int, n_tokens: int, lr: float) -> None:
+    def add(self, sums: Tensor, *, counts: Sequence[int], n_cells: int, n_tokens: int, lr: float) -> None:
         """One step: this rank's sums, (names,) float64 on any device; the counts are of all ranks."""
-        self._pending.append((n_targets, sums))
+        self._pending.append((counts, sums))
         self._steps, self._cells, self._tokens = self._steps + 1, self._cells + n_cells, self._tokens + n_tokens
         self._lr = lr
 
@@ -246,7 +247,7 @@ class Window:
         """The rows of the steps so far, over all ranks. Raises ScgptError when a loss is not finite."""
         if self._pending:
             sums = world.sum(torch.stack([sums for _, sums in self._pending]).cpu()).tolist()
-            self._rows += [[float(n_targets), *row] for (n_targets, _), row in zip(self._pending, sums, strict=True)]
+            self._rows += [[*map(float, counts), *row] for (counts, _), row in zip(self._pending, sums, strict=True)]
             self._pending = []
         if not all(math.isfinite(number) for row in self._rows for number in row):
             raise ScgptError("the loss is not a finite number any more",
@@ -254,16 +255,16 @@ class Window:
         return self._rows
 
     def row(self, world: World, waited_s: float) -> dict[str, float]:
-        """The metrics of the window, which begins anew: means over its hidden positions, rates over all ranks.
+        """The metrics of the window, which begins anew: means over all that its terms sum over, rates over all ranks.
 
         `waited_s` is what the loader has waited since it was made.
         """
         rows = self.reduced(world)
-        n_targets = max(1.0, sum(row[0] for row in rows))
-        means = {name: sum(row[1 + i] for row in rows) / n_targets
-                 for i, name in enumerate(self._names)}
+        n_units = len(self._objective.units)
+        totals = [sum(column) for column in zip(*rows, strict=True)] or [0.0] * (n_units + len(self._objective.names))
+        means = self._objective.means(totals[n_units:], totals[:n_units])
         elapsed_s, steps = time.perf_counter() - self._started, max(1, self._steps)
-        row = {"loss": weighted(means), **means, "lr": self._lr, "cells_per_s": self._cells / elapsed_s,
+        row = {**means, "lr": self._lr, "cells_per_s": self._cells / elapsed_s,
                "tokens_per_s": self._tokens / elapsed_s, "step_time_s": elapsed_s / steps,
                "data_wait_s": (waited_s - self._waited_s) / steps}
         self._waited_s, self._rows = waited_s, []

@@ -6,6 +6,8 @@ from typing import Any
 
 from pretrain.checkpoint import RunState
 from pretrain.config import TrainConfig
+from pretrain.objectives import Objective
+from scgpt.model.config import ModelConfig
 from scgpt.vocab import PAD
 
 FORMAT, FORMAT_VERSION = "scgpt-release", 1
@@ -25,11 +27,13 @@ def args_json(config: TrainConfig, state: RunState) -> dict[str, Any]:
         "mask_ratio": objective.mask_ratio, "trunc_by_sample": True, "vocab_path": "vocab.json", "local_rank": 0,
         "batch_size": batch.micro_batch_size, "eval_batch_size": batch.micro_batch_size, "epochs": round(epochs, 3),
         "lr": config.optimizer.lr, "scheduler_interval": _SCHEDULER_INTERVAL, "scheduler_factor": _SCHEDULER_FACTOR,
-        "warmup_ratio_or_step": config.schedule.warmup_steps, "no_cls": True, "no_cce": True,
+        "warmup_ratio_or_step": config.schedule.warmup_steps, "no_cls": not objective.weights.cls,
+        "no_cce": not objective.weights.cce,
         "fp16": state.precision == "fp16", "fast_transformer": config.model.layers != "torch",
         "log_interval": config.train.log_every, "save_interval": config.train.save_every,
-        "mask_value": objective.collate_config().mask_value, "pad_value": config.model.pad_value,
-        "USE_CLS": False, "USE_CCE": False, "world_size": state.world_size, **config.model.to_args(),
+        "mask_value": config.collate_config().mask_value, "pad_value": config.model.pad_value,
+        "USE_CLS": bool(objective.weights.cls), "USE_CCE": bool(objective.weights.cce),
+        "world_size": state.world_size, **config.model.to_args(),
     }
 
 
@@ -76,24 +80,48 @@ vocabulary. Weights after {state.step:,} optimizer steps.
 ## Loading it in stock scGPT
 
 ```python
-{_LOADING.format(pre_norm=model.pre_norm, mvc=model.mvc)}
+{_loading(model)}
 ```
 
-Every tensor of that model is found here, and nothing here is left over.
+Every tensor of that model is found here, and nothing here is left over{_LEFT_OVER if model.generative else ""}.
 """
 
 
+_LEFT_OVER = " but `flag_encoder`, which marks genes to generate (its class decoder is untrained)"
+
+
 _LOADING = """import json, torch
-from scgpt.model import TransformerModel
+from scgpt.model import {name}
 from scgpt.tokenizer import GeneVocab
 from scgpt.utils import load_pretrained
 
 args, vocab = json.load(open("args.json")), GeneVocab.from_file("vocab.json")
-model = TransformerModel(
+model = {name}(
     ntoken=len(vocab), d_model=args["embsize"], nhead=args["nheads"], d_hid=args["d_hid"], nlayers=args["nlayers"],
-    nlayers_cls=args["n_layers_cls"], n_cls=1, vocab=vocab, dropout=args["dropout"], pad_token=args["pad_token"],
-    pad_value=args["pad_value"], do_mvc={mvc}, use_fast_transformer=False, pre_norm={pre_norm})
+    nlayers_cls=args["n_layers_cls"], n_cls={n_cls}, vocab=vocab, dropout=args["dropout"], pad_token=args["pad_token"],
+    pad_value=args["pad_value"], {options})
 load_pretrained(model, torch.load("best_model.pt", map_location="cpu"), verbose=False)"""
+
+
+def _loading(model: ModelConfig) -> str:
+    """The code that builds this model in stock scGPT and loads it; options that are stock's defaults are not named."""
+    generator = model.kind == "generator"
+    options: dict[str, tuple[object, object]] = {   # option -> its value, stock's default
+        "n_input_bins": (model.n_input_bins, None), "cell_emb_style": (model.cell_emb_style, "cls"),
+        "mvc_decoder_style": (model.mvc_decoder_style, "inner product"),
+        "explicit_zero_prob": (model.explicit_zero_prob, False)}
+    if generator:
+        options |= {"decoder_activation": (model.decoder_activation, None),
+                    "decoder_adaptive_bias": (model.decoder_adaptive_bias, False)}
+    else:
+        options |= {"do_dab": (model.dab, False), "use_batch_labels": (model.use_batch_labels, False),
+                    "num_batch_labels": (model.n_batch_labels, None),
+                    "domain_spec_batchnorm": (model.domain_spec_batchnorm, False),
+                    "input_emb_style": (model.input_emb_style, "continuous")}
+    always = {"do_mvc": model.mvc, "use_fast_transformer": False, "pre_norm": model.pre_norm}
+    named = always | {name: value for name, (value, default) in options.items() if value != default}
+    return _LOADING.format(name="TransformerGenerator" if generator else "TransformerModel", n_cls=model.n_cls,
+                           options=", ".join(f"{name}={value!r}" for name, value in named.items()))
 
 
 def _data(state: RunState) -> str:
@@ -115,6 +143,7 @@ def _training(config: TrainConfig, state: RunState) -> str:
     objective, optimizer, batch = config.objective, config.optimizer, config.batch
     rows = {
         "task": f"{objective.task}{' + MVC' if objective.mvc else ''}, mask ratio {objective.mask_ratio}",
+        "loss": ", ".join(f"{term} x {weight:g}" for term, weight in Objective.of(config).weights.items()),
         "values": f"{objective.input_style}, {objective.n_bins} bins, ties: {objective.tie_rule}",
         "batch": f"{batch.global_batch_size} cells a step; {state.cells_seen:,} cells, {state.tokens_seen:,} tokens",
         "optimizer": f"{optimizer.name}, lr {optimizer.lr}, weight decay {optimizer.weight_decay}, "

@@ -1,4 +1,4 @@
-"""RaggedBatch -> PackedBatch: each cell sampled, binned, masked and packed by one compiled loop over cells.
+"""RaggedBatch -> PackedBatch: each cell sampled, binned, masked or split, and packed by one compiled loop.
 
 Every draw is keyed by (seed, epoch, cell_id, purpose), so a cell's tokens depend on nothing else: not on its neighbours
 in the batch, the rank, the worker or the step. Bins are those of the whole cell, not of the sample, as upstream's. The
@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 
 from scgpt.collate import binning, masking, sampling
 from scgpt.collate.binning import TABLE, as_values, bin_values, fill_edges, fill_tables, probabilities, sort_keys
-from scgpt.collate.masking import draw_ratio, hide
+from scgpt.collate.masking import draw_ratio, hide, split
 from scgpt.collate.packing import PackedBatch
 from scgpt.collate.sampling import sample
 from scgpt.data.schema import CELL_ID, RaggedBatch
 from scgpt.errors import ConfigError, DataError
-from scgpt.rng import PURPOSE_BIN_TIES, PURPOSE_MASK, PURPOSE_SAMPLE, stream
+from scgpt.rng import PURPOSE_BIN_TIES, PURPOSE_MASK, PURPOSE_SAMPLE, PURPOSE_SPLIT, stream
 
 InputStyle = Literal["binned", "log1p", "raw"]
 TieRule = Literal["spread", "highest"]
+Task = Literal["pcpt", "gen", "both"]
 _BINNED, _LOG1P, _RAW = 0, 1, 2
 _STYLES = {"binned": _BINNED, "log1p": _LOG1P, "raw": _RAW}
 
@@ -35,10 +36,10 @@ class CollateConfig:
 
     context_length: int                        # tokens a cell at most, `<cls>` included
     n_bins: int = 51                           # bins, that of zero included; upstream always uses 51
-    mask_ratio: tuple[float, ...] = (0.4,)     # share of hidden genes; of several, each cell draws one
+    mask_ratio: tuple[float, ...] = (0.4,)     # share of hidden or generated genes; of several, each cell draws one
     pad_value: float = -2                      # value of padding and, as upstream, of `<cls>`
     mask_value: float = -1                     # value of a hidden gene
-    task: Literal["pcpt"] = "pcpt"             # masked expression
+    task: Task = "pcpt"                        # genes hidden in place, or ("gen", "both") moved to a part of their own
     input_style: InputStyle = "binned"         # bins, log(1 + expression), or the expression itself
     tie_rule: TieRule = "spread"               # a value on several edges: a bin drawn among theirs, or the highest
 
@@ -48,7 +49,7 @@ class CollateConfig:
             ("n_bins", self.n_bins, 2 <= self.n_bins <= 1 << 15, "2 to 32768"),
             ("mask_ratio", self.mask_ratio, self.mask_ratio and all(0 < p < 1 for p in self.mask_ratio),
              "between 0 and 1, both excluded"),
-            ("task", self.task, self.task == "pcpt", "'pcpt'"),
+            ("task", self.task, self.task in ("pcpt", "gen", "both"), "'pcpt', 'gen' or 'both'"),
             ("input_style", self.input_style, self.input_style in _STYLES, " or ".join(map(repr, _STYLES))),
             ("tie_rule", self.tie_rule, self.tie_rule in ("spread", "highest"), "'spread' or 'highest'"),
         ):
@@ -84,16 +85,18 @@ def collate(cells: RaggedBatch, config: CollateConfig, *, cls_id: int, seed: int
     cu_seqlens = np.zeros(len(cells) + 1, np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
     packed = PackedBatch(np.empty(n_tokens, np.int32), np.empty(n_tokens, np.float32), np.empty(n_tokens, np.float32),
-                         np.empty(n_tokens, np.bool_), cu_seqlens, int(lengths.max(initial=0)), cell_ids)
+                         np.empty(n_tokens, np.bool_), cu_seqlens, int(lengths.max(initial=0)), cell_ids,
+                         None if config.task == "pcpt" else np.empty(len(cells), np.int32))
     recipe = _Recipe(np.uint64(seed), int(cls_id), float(config.cls_value), float(config.mask_value),
                      np.array(config.mask_ratio if mask else (0.0,)), config.context_length - 1,
-                     _STYLES[config.input_style], config.tie_rule == "spread",
+                     config.task != "pcpt", _STYLES[config.input_style], config.tie_rule == "spread",
                      cells.expressions.dtype != np.float32, probabilities(config.n_bins))
     epoch_of = np.ascontiguousarray(np.broadcast_to(np.asarray(epochs, np.int64), cell_ids.shape))
     sorted_keys = np.empty(int(cells.lengths.max(initial=0)), np.uint32)
     _collate_cells(cells.genes, cells.expressions, sort_keys(cells.expressions), cells.offsets, cell_ids, epoch_of,
                    recipe, sorted_keys, as_values(sorted_keys, cells.expressions.dtype),
-                   packed.gene_ids, packed.values, packed.targets, packed.target_mask, cu_seqlens)
+                   packed.gene_ids, packed.values, packed.targets, packed.target_mask, cu_seqlens,
+                   np.empty(0, np.int32) if packed.perception_lengths is None else packed.perception_lengths)
     return packed
 
 
@@ -106,6 +109,7 @@ class _Recipe(NamedTuple):
     mask_value: float
     mask_ratios: NDArray[np.float64]   # (ratios,)
     n_wanted: int                      # genes a cell at most
+    split: bool                        # into perception and generation
     style: int
     spread: bool
     integers: bool                     # expressions are integers
@@ -125,12 +129,14 @@ def _compiled(sources: str) -> Callable[..., None]:
                       epochs: NDArray[np.int64], recipe: _Recipe, sorted_keys: NDArray[np.uint32],
                       ordered: NDArray[np.generic], gene_ids: NDArray[np.int32], values: NDArray[np.float32],
                       targets: NDArray[np.float32], target_mask: NDArray[np.bool_],
-                      cu_seqlens: NDArray[np.int32]) -> None:
-        """Fill `gene_ids`, `values`, `targets` and `target_mask`, (tokens,) each; `sorted_keys`, `ordered`: scratch."""
+                      cu_seqlens: NDArray[np.int32], perception_lengths: NDArray[np.int32]) -> None:
+        """Fill `gene_ids`, `values`, `targets` and `target_mask`, (tokens,) each, and, where cells are split,
+        `perception_lengths`, (cells,); `sorted_keys`, `ordered`: scratch.
+        """
         _ = sources
         spare, counts = np.empty_like(sorted_keys), np.empty((4, TABLE), np.int32)
         edges, tables = np.empty_like(recipe.at), np.empty((2, TABLE), np.uint16)
-        chosen = np.empty(recipe.n_wanted + 1, np.int32)
+        chosen, moved = np.empty(recipe.n_wanted + 1, np.int32), np.empty(recipe.n_wanted + 1, np.int32)
         for cell in range(len(cell_ids)):
             epoch, cell_id = epochs[cell], cell_ids[cell]
             begin, end, first, stop = offsets[cell], offsets[cell + 1], cu_seqlens[cell], cu_seqlens[cell + 1]
@@ -138,6 +144,11 @@ def _compiled(sources: str) -> Callable[..., None]:
             gene_ids[first], targets[first], values[first] = recipe.cls_id, recipe.cls_value, recipe.cls_value
             target_mask[first] = False
             n_chosen = sample(stream(recipe.seed, epoch, cell_id, PURPOSE_SAMPLE), chosen, end - begin, recipe.n_wanted)
+            ratio = draw_ratio(recipe.seed, epoch, cell_id, recipe.mask_ratios)
+            n_seen = n_chosen
+            if recipe.split:
+                n_seen = split(stream(recipe.seed, epoch, cell_id, PURPOSE_SPLIT), ratio, chosen, n_chosen, moved)
+                perception_lengths[cell] = 1 + n_seen
             for t in range(n_chosen):
                 gene_ids[first + 1 + t] = genes[begin + chosen[t]]
             if recipe.style == _BINNED and n_chosen > 0:
@@ -150,10 +161,11 @@ def _compiled(sources: str) -> Callable[..., None]:
                     value = np.float64(of_cell[chosen[t]])
                     bins[t] = np.log1p(value) if recipe.style == _LOG1P else value
             for t in range(n_chosen):
-                shown[t] = bins[t]
-            hide(stream(recipe.seed, epoch, cell_id, PURPOSE_MASK),
-                 draw_ratio(recipe.seed, epoch, cell_id, recipe.mask_ratios), recipe.mask_value, shown,
-                 target_mask[first + 1:stop])
+                shown[t] = bins[t] if t < n_seen else recipe.mask_value
+                target_mask[first + 1 + t] = t >= n_seen
+            if not recipe.split:
+                hide(stream(recipe.seed, epoch, cell_id, PURPOSE_MASK), ratio, recipe.mask_value, shown,
+                     target_mask[first + 1:stop])
 
     return collate_cells
 

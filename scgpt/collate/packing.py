@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """What one forward pass sees and must predict."""
+    """What one forward pass sees and must predict.
+
+    With `perception_lengths` each cell is [perception | generation], and its generation part is what is hidden.
+    """
 
     gene_ids: NDArray[np.int32]     # (tokens,)     vocabulary ids; `<cls>` opens every cell
     values: NDArray[np.float32]     # (tokens,)     the model's input: `mask_value` where hidden, `cls_value` at `<cls>`
@@ -19,6 +22,9 @@ class PackedBatch:
     cu_seqlens: NDArray[np.int32]   # (cells + 1,)  starts at 0, ends at tokens
     max_seqlen: int                 # tokens of the longest cell
     cell_ids: NDArray[np.uint64]    # (cells,)
+    perception_lengths: NDArray[np.int32] | None = None   # (cells,) `<cls>` included; None: hidden in place
+    class_labels: NDArray[np.int32] | None = None         # (cells,) class of a cell, -1: unknown; None: not asked for
+    batch_labels: NDArray[np.int32] | None = None         # (cells,) batch or domain of a cell; None: not asked for
 
     def __len__(self) -> int:
         return len(self.cell_ids)
@@ -34,14 +40,36 @@ class PackedBatch:
         return int(np.count_nonzero(self.target_mask))
 
     def padded(self, pad_id: int, pad_value: float) -> dict[str, NDArray[np.generic]]:
-        """Upstream's batch, every cell padded at its end to `max_seqlen`: the keys of its collator.
+        """Upstream's batch, every row padded at its end to the longest: the keys of its collator.
 
-        `gene` (cells, max_seqlen) int64; `expr` (the target) and `masked_expr` (the input), the same shape, float32.
+        Hidden in place: `gene` (cells, max_seqlen) int64; `expr` (the target) and `masked_expr` (the input), the same
+        shape, float32. In two parts, each as long as its longest: `pcpt_gene`, `pcpt_expr`, `pcpt_key_padding_mask`
+        (bool, True = padding), `gen_gene`, `gen_expr_target`, `gen_key_padding_mask`.
         """
-        lengths = np.diff(self.cu_seqlens)
-        is_token = np.arange(self.max_seqlen) < lengths[:, None]
-        gene = np.full(is_token.shape, pad_id, np.int64)
-        expr = np.full(is_token.shape, pad_value, np.float32)
-        masked_expr = expr.copy()
-        gene[is_token], expr[is_token], masked_expr[is_token] = self.gene_ids, self.targets, self.values
-        return {"gene": gene, "expr": expr, "masked_expr": masked_expr}
+        if self.perception_lengths is None:
+            gene, expr, masked_expr = _rows(np.diff(self.cu_seqlens), (self.gene_ids, pad_id, np.int64),
+                                            (self.targets, pad_value, np.float32), (self.values, pad_value, np.float32))
+            return {"gene": gene, "expr": expr, "masked_expr": masked_expr}
+        batch: dict[str, NDArray[np.generic]] = {}
+        seen, lengths = ~self.target_mask, self.perception_lengths
+        for part, expr_key, tokens, part_lengths in (
+            ("pcpt", "pcpt_expr", seen, lengths),
+            ("gen", "gen_expr_target", ~seen, np.diff(self.cu_seqlens) - lengths),
+        ):
+            batch[f"{part}_gene"], batch[expr_key] = _rows(part_lengths, (self.gene_ids[tokens], pad_id, np.int64),
+                                                           (self.targets[tokens], pad_value, np.float32))
+            longest = part_lengths.max(initial=0)
+            batch[f"{part}_key_padding_mask"] = np.arange(longest) >= part_lengths[:, None]
+        return batch
+
+
+def _rows(lengths: NDArray[np.integer],
+          *columns: tuple[NDArray[np.generic], float, type[np.generic]]) -> list[NDArray[np.generic]]:
+    """Columns of tokens (values, padding, type) as rows of equal length, (cells, longest) each."""
+    is_token = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    rows = []
+    for values, padding, kind in columns:
+        row = np.full(is_token.shape, padding, kind)
+        row[is_token] = values
+        rows.append(row)
+    return rows

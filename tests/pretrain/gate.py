@@ -48,15 +48,15 @@ def run(config: TrainConfig, steps: int, world: World) -> dict[str, dict[str, to
         update()
 
     engine.deepspeed.step = step
-    loader = Loader(corpus.train, config.objective.collate_config(), cls_id=corpus.vocab[CLS], seed=config.train.seed,
+    loader = Loader(corpus.train, config.collate_config(), cls_id=corpus.vocab[CLS], seed=config.train.seed,
                     global_batch_size=config.batch.global_batch_size, micro_batch_size=config.batch.micro_batch_size,
                     rank=world.rank, world_size=world.world_size, workers=0)
     for number in range(steps):
         part = loader.load(number)
-        count = int(world.sum(torch.tensor(part.n_targets)))
+        counts = world.sum(torch.tensor(engine.objective.counts(part.micro_batches, step=number))).tolist()
         lr = learning_rate(number + 1, lr=config.optimizer.lr, schedule=config.schedule, total_steps=steps)
         for j, batch in zip(part.numbers, part.micro_batches, strict=True):
-            engine.train(to_tensors(batch, world.device), step=number, micro_batch=j, count=count, lr=lr)
+            engine.train(to_tensors(batch, world.device), step=number, micro_batch=j, counts=counts, lr=lr)
     masters = [tensor for group in getattr(engine.deepspeed.optimizer, "fp32_groups", []) for tensor in group]
     if not masters:   # ZeRO 1 to 3 spread them; in ZeRO 0 with float32 they are the parameters
         masters = [parameter if (full := safe_get_full_fp32_param(parameter)) is None else full

@@ -36,6 +36,9 @@ def config_of(corpus: Path, *settings: str) -> TrainConfig:
 # (ZeRO stage, accumulation, precision): every value of each by one and by two ranks; SCGPT_FULL=1 runs all sixteen.
 FEW = {1: [(0, 4, "fp32"), (0, 1, "bf16"), (1, 1, "fp32"), (2, 4, "bf16"), (3, 1, "bf16")],
        2: [(0, 4, "bf16"), (1, 4, "bf16"), (2, 1, "fp32"), (2, 4, "fp32"), (3, 4, "fp32"), (3, 1, "bf16")]}
+FEW_GENERATIVE = {1: [(0, 1, "fp32"), (2, 4, "bf16")], 2: [(1, 1, "bf16"), (2, 4, "bf16"), (3, 4, "fp32")]}
+GENERATIVE = ("model.generative=true", "objective.task=both", "objective.mask_ratio=[0.25, 0.5, 0.75]",
+              "objective.cell_prompt_after=1")   # two forward passes from the second step on
 ALL = list(itertools.product(range(4), (1, 4), ("fp32", "bf16")))
 # Of what the whole gradient, or the whole way of the weights, measures; per tensor of its own size and a hundredth of
 # the whole. A micro-batch that is lost or counted twice shows as 0.2 or more.
@@ -70,11 +73,13 @@ def run_gate(corpus: Path, folder: Path, ranks: int, cases: list[tuple[int, int,
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_weights_and_gradients_after_real_steps_are_those_of_a_plain_loop_in_float64(corpus, tmp_path, ranks):
-    cases = ALL if os.environ.get("SCGPT_FULL") else FEW[ranks]
-    reference = {precision: plain_loop(config_of(corpus, *GATE), STEPS, rounded=precision == "bf16")
+@pytest.mark.parametrize(("settings", "few"), [((), FEW), (GENERATIVE, FEW_GENERATIVE)], ids=["masked", "generative"])
+def test_weights_and_gradients_after_real_steps_are_those_of_a_plain_loop_in_float64(corpus, tmp_path, ranks, settings,
+                                                                                     few):
+    cases = ALL if os.environ.get("SCGPT_FULL") else few[ranks]
+    reference = {precision: plain_loop(config_of(corpus, *GATE, *settings), STEPS, rounded=precision == "bf16")
                  for precision in ("fp32", "bf16")}
-    for case, file in zip(cases, run_gate(corpus, tmp_path, ranks, cases), strict=True):
+    for case, file in zip(cases, run_gate(corpus, tmp_path, ranks, cases, *settings), strict=True):
         expected, found = reference[case[2]], torch.load(file)
         start = {name: expected["first"][name] for name in expected["weights"]}
         assert found["weights"].keys() == found["gradients"].keys() == expected["gradients"].keys()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from launch.embed import load_embedder
 from pretrain import checkpoint
 from pretrain.checkpoint import SUMS, sums_bytes
 from pretrain.export import export, verify
@@ -105,6 +106,36 @@ def test_the_real_scgpt_package_loads_a_release_strictly_and_computes_the_same(r
     assert torch.allclose(found["cell_emb"], recorded["cell_emb"], atol=1e-5)
     for name in ("mlm_output", "mvc_output"):
         assert torch.allclose(found[name][is_token], recorded[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_generative_run_resumes_to_the_bit_and_its_release_has_all_that_stock_code_looks_for(tmp_path):
+    corpus = runs.make_corpus(tmp_path / "corpus")
+    settings = ("model.generative=true", "objective.task=both", "objective.cell_prompt_after=3", "model.dropout=0.1",
+                "objective.mask_ratio=[0.25, 0.5, 0.75]", "schedule.kind=constant", "train.eval_every=3",
+                "train.log_every=1", "train.save_every=5")
+    for out, limits in (("whole", (6,)), ("run", (5, 6))):
+        for limit in limits:
+            code, errors = runs.train(corpus, tmp_path / out, *settings, f"train.max_steps={limit}")
+            assert code == 0, errors
+    whole, resumed = runs.weights(tmp_path / "whole"), runs.weights(tmp_path / "run")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    curve = runs.curve(tmp_path / "whole")
+    assert "loss_prompted" not in curve["train", 2]
+    assert curve["train", 4]["loss_prompted"] > 0
+    assert curve["train", 6] == runs.curve(tmp_path / "run")["train", 6]
+    assert not any("loss_prompted" in row for (split, _), row in curve.items() if split == "valid")
+    release = export(tmp_path / "run", tmp_path / "release")
+    assert verify(release)["largest_difference"] == 0.0
+    recorded = load_file(release / "recorded.safetensors")
+    assert (recorded["perception_lengths"] < recorded["cu_seqlens"].diff()).all()
+    model, state = stock_model(release, use_fast_transformer=True), load_file(release / "model.safetensors")
+    assert set(state) - set(model.state_dict()) == {"flag_encoder.weight"}
+    assert set(model.state_dict()) <= set(state)
+    args = json.loads((release / "args.json").read_text())
+    assert (args["training_tasks"], args["mask_ratio"]) == ("both", [0.25, 0.5, 0.75])
+    assert args["USE_GENERATIVE_TRAINING"] is True
+    assert load_embedder(release, "cpu").model.use_generative_training
 
 
 def test_args_json_has_the_keys_that_upstreams_readers_know(release):

@@ -7,11 +7,13 @@ import torch
 
 from pretrain.config import TrainConfig
 from pretrain.metrics import JsonLines, RunLog, Window, describe, read_rows
+from pretrain.objectives import Objective
 from pretrain.world import join_world
 from scgpt.config import load_config
 from scgpt.errors import CheckpointError, ScgptError
 
-NAMES = ("loss_expression", "loss_mvc", "mre")
+OBJECTIVE = Objective({"loss_expression": 1.0, "loss_mvc": 1.0})
+PROMPTED = Objective({"loss_expression": 1.0, "loss_prompted": 2.0}, cell_prompt_after=2)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def world():
 def fill(window, steps):
     for step in steps:
         sums = torch.tensor([step / 3, step / 7, step / 11], dtype=torch.float64)
-        window.add(sums, n_targets=10 + step, n_cells=4, n_tokens=40, lr=0.1 * step)
+        window.add(sums, counts=[10 + step], n_cells=4, n_tokens=40, lr=0.1 * step)
 
 
 def test_rows_are_appended_and_read_back_without_what_a_kill_cut_off(tmp_path):
@@ -86,7 +88,7 @@ def test_no_rows_where_there_is_no_file(tmp_path):
 
 
 def test_a_row_is_the_mean_over_all_hidden_positions_of_its_steps(world):
-    window = Window([], NAMES)
+    window = Window([], OBJECTIVE)
     fill(window, [1, 2])
     row = window.row(world, waited_s=0.5)
     assert row["loss_expression"] == (1 / 3 + 2 / 3) / (11 + 12)
@@ -99,27 +101,42 @@ def test_a_row_is_the_mean_over_all_hidden_positions_of_its_steps(world):
 
 
 def test_a_window_that_a_checkpoint_carried_over_gives_the_same_bits(world):
-    whole = Window([], NAMES)
+    whole = Window([], OBJECTIVE)
     fill(whole, [1, 2, 3, 4, 5])
-    first = Window([], NAMES)
+    first = Window([], OBJECTIVE)
     fill(first, [1, 2, 3])
-    second = Window(json.loads(json.dumps(first.reduced(world))), NAMES)
+    second = Window(json.loads(json.dumps(first.reduced(world))), OBJECTIVE)
     fill(second, [4, 5])
-    names = ("loss", *NAMES)
+    names = ("loss", *OBJECTIVE.names)
     one, other = whole.row(world, 0.0), second.row(world, 0.0)
     assert [one[name] for name in names] == [other[name] for name in names]
 
 
+def test_a_term_that_begins_within_a_window_is_the_mean_over_what_it_was_trained_on(world):
+    window = Window([], PROMPTED)
+    for step, prompted in ((1, 0.0), (2, 30.0)):
+        sums = torch.tensor([20.0, prompted, 1.0], dtype=torch.float64)
+        window.add(sums, counts=[10, 10 if prompted else 0], n_cells=4, n_tokens=40, lr=step)
+    row = window.row(world, 0.0)
+    assert (row["loss_expression"], row["loss_prompted"], row["loss"]) == (2.0, 3.0, 8.0)
+    window.add(torch.tensor([20.0, 0.0, 1.0], dtype=torch.float64), counts=[10, 0], n_cells=4, n_tokens=40, lr=1)
+    assert "loss_prompted" not in window.row(world, 0.0)
+
+
+def test_a_window_without_a_step_is_a_row_of_zeros(world):
+    assert Window([], OBJECTIVE).row(world, 0.0)["loss"] == 0.0
+
+
 def test_time_that_was_no_training_does_not_count(world):
-    window = Window([], NAMES)
+    window = Window([], OBJECTIVE)
     fill(window, [1])
     window.exclude(-100.0)
     assert window.row(world, 0.0)["step_time_s"] > 100
 
 
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(world):
-    window = Window([], NAMES)
-    window.add(torch.tensor([math.nan, 0, 0], dtype=torch.float64), n_targets=1, n_cells=1, n_tokens=1, lr=0.1)
+    window = Window([], OBJECTIVE)
+    window.add(torch.tensor([math.nan, 0, 0], dtype=torch.float64), counts=[1], n_cells=1, n_tokens=1, lr=0.1)
     with pytest.raises(ScgptError, match="not a finite number"):
         window.reduced(world)
 

@@ -15,7 +15,7 @@ from scgpt.collate import CollateConfig, collate
 from scgpt.collate.binning import bin_cell
 from scgpt.data import RaggedBatch
 from scgpt.errors import ConfigError
-from scgpt.rng import PURPOSE_MASK, PURPOSE_MASK_RATIO, PURPOSE_SAMPLE, below, bits, uniform
+from scgpt.rng import PURPOSE_MASK, PURPOSE_MASK_RATIO, PURPOSE_SAMPLE, PURPOSE_SPLIT, below, bits, uniform
 from tests.scgpt.collate.cells import CLS_ID, key_of, random_cells
 
 CONFIG = CollateConfig(context_length=128)
@@ -37,8 +37,16 @@ def slow_cell(cells, cell, config, seed, epoch):
             if (int(bits(key, i)) >> 32) * (len(genes) - i) >> 32 < wanted - len(chosen):
                 chosen.append(i)
     which = below(key_of(seed, epoch, cell_id, PURPOSE_MASK_RATIO), 0, len(config.mask_ratio))
-    key = key_of(seed, epoch, cell_id, PURPOSE_MASK)
-    hidden = [uniform(key, t) < config.mask_ratio[which] for t in range(len(chosen))]
+    ratio = config.mask_ratio[which]
+    if config.task == "pcpt":
+        key = key_of(seed, epoch, cell_id, PURPOSE_MASK)
+        hidden = [uniform(key, t) < ratio for t in range(len(chosen))]
+    else:
+        key, seen, generated = key_of(seed, epoch, cell_id, PURPOSE_SPLIT), [], []
+        for i in range(len(chosen)):
+            missing, left = int(len(chosen) * ratio) - len(generated), len(chosen) - i
+            (generated if (int(bits(key, i)) >> 32) * left >> 32 < missing else seen).append(chosen[i])
+        chosen, hidden = seen + generated, [False] * len(seen) + [True] * len(generated)
     targets = [config.cls_value, *(np.float32(values[i]) for i in chosen)]
     shown = [config.mask_value if hide else target for target, hide in zip(targets, [False, *hidden], strict=True)]
     return [CLS_ID, *(int(genes[i]) for i in chosen)], shown, targets, [False, *hidden]
@@ -48,7 +56,8 @@ def slow_cell(cells, cell, config, seed, epoch):
 @pytest.mark.parametrize("config", [
     CONFIG, CollateConfig(64, n_bins=8, mask_ratio=(0.25, 0.5, 0.75), tie_rule="highest"),
     CollateConfig(400, input_style="log1p", pad_value=51, mask_value=52), CollateConfig(100, input_style="raw"),
-], ids=["spread", "highest", "log1p", "raw"])
+    CollateConfig(64, mask_ratio=(0.25, 0.5, 0.75), task="both"), CollateConfig(400, input_style="raw", task="gen"),
+], ids=["spread", "highest", "log1p", "raw", "both", "gen"])
 def test_agrees_with_the_slow_twin(dtype, config):
     cells = random_cells(20, dtype=dtype)
     epochs = np.arange(20) % 3
@@ -61,6 +70,10 @@ def test_agrees_with_the_slow_twin(dtype, config):
         np.testing.assert_array_equal(batch.values[span], np.array(values, np.float32))
         np.testing.assert_array_equal(batch.targets[span], np.array(targets, np.float32))
         assert batch.target_mask[span].tolist() == target_mask
+        if config.task == "pcpt":
+            assert batch.perception_lengths is None
+        else:
+            assert batch.perception_lengths[cell] == target_mask.count(False)
 
 
 @settings(max_examples=50, deadline=None)
@@ -96,6 +109,17 @@ def test_a_cell_does_not_depend_on_its_neighbours():
             np.testing.assert_array_equal(getattr(alone, name), getattr(together, name)[span])
 
 
+def test_no_task_changes_the_sample_or_the_bins():
+    cells = random_cells(20)
+    masked = collate(cells, CONFIG, cls_id=CLS_ID, seed=0, epochs=0)
+    generative = collate(cells, CollateConfig(128, task="gen"), cls_id=CLS_ID, seed=0, epochs=0)
+    for cell in range(len(cells)):
+        span = slice(masked.cu_seqlens[cell], masked.cu_seqlens[cell + 1])
+        pairs = [sorted(zip(batch.gene_ids[span].tolist(), batch.targets[span].tolist(), strict=True))
+                 for batch in (masked, generative)]
+        assert pairs[0] == pairs[1]
+
+
 def test_epoch_and_seed_change_sample_bins_and_masks():
     cells = random_cells(30, shortest=200)
     first = collate(cells, CONFIG, cls_id=CLS_ID, seed=1, epochs=0)
@@ -123,6 +147,9 @@ def test_nothing_is_hidden_without_masks():
     assert not shown.target_mask.any()
     np.testing.assert_array_equal(shown.values, shown.targets)
     np.testing.assert_array_equal(shown.targets, hidden.targets)
+    whole = collate(cells, CollateConfig(128, task="both"), cls_id=CLS_ID, seed=0, epochs=0, mask=False)
+    np.testing.assert_array_equal(whole.gene_ids, shown.gene_ids)
+    np.testing.assert_array_equal(whole.perception_lengths, np.diff(whole.cu_seqlens))
 
 
 def test_the_input_is_left_as_it_was():

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from scgpt.collate.masking import draw_ratio, hide
-from scgpt.rng import PURPOSE_MASK, uniform
+from scgpt.collate.masking import draw_ratio, hide, split
+from scgpt.rng import PURPOSE_MASK, PURPOSE_SPLIT, uniform
 from tests.scgpt.collate.cells import key_of
 
 
@@ -35,3 +35,35 @@ def test_each_cell_draws_one_of_the_listed_ratios_evenly():
     assert sum(counts) == len(drawn)
     assert ((np.array(counts) - 3_000) ** 2 / 3_000).sum() < 13.8   # 2 degrees of freedom, p = 0.001
     assert draw_ratio(0, 0, 1, np.array([0.4])) == 0.4
+
+
+def split_of(cell, n_genes, ratio, chosen=None):
+    chosen = np.arange(n_genes, dtype=np.int32) if chosen is None else chosen.copy()
+    n_seen = split(key_of(0, 0, cell, PURPOSE_SPLIT), ratio, chosen, n_genes, np.empty(n_genes + 1, np.int32))
+    return chosen[:n_seen].tolist(), chosen[n_seen:n_genes].tolist()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.29, 0.5, 0.75, 0.999])
+@pytest.mark.parametrize("n_genes", [0, 1, 3, 10, 100])
+def test_a_split_moves_the_share_that_upstream_moves_and_loses_nothing(n_genes, ratio):
+    for cell in range(20):
+        seen, generated = split_of(cell, n_genes, ratio)
+        assert len(generated) == int(n_genes * ratio)
+        assert sorted(seen + generated) == list(range(n_genes))
+        assert seen == sorted(seen)
+        assert generated == sorted(generated)
+
+
+def test_every_choice_of_the_generation_part_is_equally_likely():
+    counts = {}
+    for cell in range(10_000):
+        generated = tuple(split_of(cell, 5, 0.4)[1])
+        counts[generated] = counts.get(generated, 0) + 1
+    assert len(counts) == 10   # 5 choose 2
+    assert sum((count - 1_000) ** 2 / 1_000 for count in counts.values()) < 27.9   # 9 degrees of freedom, p = 0.001
+
+
+def test_a_split_takes_the_given_places_whatever_they_are():
+    places = np.array([4, 9, 11, 30, 31], np.int32)
+    seen, generated = split_of(3, 5, 0.6, places)
+    assert sorted(seen + generated) == places.tolist()

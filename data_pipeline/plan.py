@@ -17,6 +17,7 @@ from data_pipeline.config import CorpusConfig, SourceConfig
 from data_pipeline.genes import GeneMap, map_source
 from data_pipeline.quarantine import Quarantined
 from data_pipeline.sources.base import Source, are_counts, describe_values
+from data_pipeline.sources.hdf5_structure import check_structure
 from data_pipeline.sources.kinds import open_source
 from data_pipeline.sources.location import Fingerprint, Location
 from data_pipeline.tokenization import refused_values
@@ -125,6 +126,7 @@ def make_plan(config: CorpusConfig) -> Plan:
     for location, source_config in expand(config.sources):
         try:
             known = location.fingerprint()
+            check_structure(location)
             with open_source(location, name=source_config.name, kind=source_config.kind, layer=source_config.layer,
                              gene_table=source_config.gene_table) as source:
                 planned = _plan_source(source, known, source_config, config, vocab)

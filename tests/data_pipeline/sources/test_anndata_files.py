@@ -13,7 +13,7 @@ from scipy import sparse
 
 from data_pipeline.sources import anndata_files, open_source
 from data_pipeline.sources.base import are_counts
-from scgpt.errors import ConfigError, ScgptError, SourceError
+from scgpt.errors import ConfigError, SourceError
 from tests.data_pipeline.atlases import BLOOD, CHR21, PANCREAS, random_counts, spoil, write_h5ad
 
 FORMATS = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "dense": lambda matrix: matrix.toarray()}
@@ -184,26 +184,6 @@ def test_a_damaged_file_is_one_sentence_with_its_place(tmp_path: Path, counts: s
     assert "poor.h5ad" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 40))
-def test_random_bytes_in_a_file_give_an_error_or_values(tmp_path_factory: pytest.TempPathFactory, seed: int,
-                                                        n_bytes: int) -> None:
-    folder = tmp_path_factory.mktemp("g")
-    path = write_h5ad(folder / "a.h5ad", random_counts(1, 30, 20))
-    draw = np.random.default_rng(seed)
-    content = bytearray(path.read_bytes())
-    for place in draw.integers(0, len(content), n_bytes):
-        content[place] = draw.integers(256)
-    path.write_bytes(content)
-    try:
-        with open_source(path) as source:
-            rows = source.read_rows(0, source.n_cells)
-            source.gene_names()
-            assert rows.shape == (source.n_cells, source.n_genes)
-    except ScgptError as error:
-        assert str(path) in str(error)  # noqa: PT017 some damage does not show
 
 
 def test_missing_and_foreign_files_are_told() -> None:

@@ -1,8 +1,8 @@
 """A look at an HDF5 file's structure in a process of its own, before anything is planned on it.
 
 The HDF5 library trusts a file: where certain bytes of its structure are damaged, it ends the process or never returns
-(28 of 2,000 files with random bytes). So a child, forked in some 10 ms, goes through all that readers go through, and what
-becomes of it is told in one sentence. It also holds the place of every chunk against the file's length.
+(28 of 2,000 files with random bytes). So a child, forked in some 10 ms, goes through all that readers go through, and
+what becomes of it is told in one sentence. It also holds the place of every chunk against the file's length.
 """
 import contextlib
 import faulthandler

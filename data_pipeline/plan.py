@@ -131,7 +131,7 @@ def make_plan(config: CorpusConfig) -> Plan:
                              gene_table=source_config.gene_table) as source:
                 planned = _plan_source(source, known, source_config, config, vocab)
                 mine = _split_totals(source, planned, config)
-                rows = list(_row_blocks(source))
+                rows = list(row_blocks(source))
             check_unchanged(planned)
         except SourceError as error:
             if config.on_error == "fail":
@@ -232,7 +232,7 @@ def _split_totals(source: Source, planned: SourcePlan, config: CorpusConfig) -> 
     return totals
 
 
-def _row_blocks(source: Source) -> Iterator[tuple[int, int, int]]:
+def row_blocks(source: Source) -> Iterator[tuple[int, int, int]]:
     """(first row, last row, stored values) of the blocks of a source."""
     first = 0
     while first < source.n_cells:

@@ -103,6 +103,20 @@ def data_verify(args: argparse.Namespace) -> Answer:
     return Answer(f"{args.corpus}: whole. {describe_corpus(value)}", value)
 
 
+def data_inspect(args: argparse.Namespace) -> Answer:
+    """Say what is in a corpus, or in an atlas, or whether cells were seen."""
+    from data_pipeline.inspection import inspect
+    from data_pipeline.provenance import was_seen
+    from launch.inspection import describe_facts, describe_seen
+    from scgpt.vocab import GeneVocab
+
+    if args.was_seen is not None:
+        seen = was_seen(args.target, args.was_seen, sample=args.sample)
+        return Answer(describe_seen(seen), seen)
+    facts = inspect(args.target, GeneVocab.named(args.vocab))
+    return Answer(describe_facts(facts), facts)
+
+
 def data_peek(args: argparse.Namespace) -> Answer:
     """Show what a global batch is."""
     from launch.summaries import describe_peek
@@ -288,6 +302,14 @@ def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     cmd = add("verify", data_verify, "check every file of a corpus", "scgpt data verify corpus --deep")
     cmd.add_argument("corpus", metavar="CORPUS", help="its folder, or a URL such as s3://bucket/corpus")
     cmd.add_argument("--deep", action="store_true", help="check every cell's invariants too")
+    cmd = add("inspect", data_inspect, "what is in a corpus, or in an atlas before it is built; was a cell seen",
+              "scgpt data inspect corpus --was-seen cells.h5ad")
+    cmd.add_argument("target", metavar="CORPUS_OR_SOURCE", help="a folder, a file or a URL")
+    cmd.add_argument("--was-seen", metavar="FILE_OR_GROUP",
+                     help="are these cells, or this donor, dataset or column=value, in the corpus, and in which split")
+    cmd.add_argument("--sample", type=_count, metavar="N", help="compare so many cells of the file (default: all)")
+    cmd.add_argument("--vocab", default="scgpt-human", metavar="VOCAB",
+                     help="which an atlas is held against: a name or a vocab.json (default: scgpt-human)")
     cmd = add("convert", data_convert, "write a corpus in another form or compression: the same cells, in their order",
               "scgpt data convert corpus form=zarr compression=lz4 --out cold")
     cmd.add_argument("corpus", metavar="CORPUS", help="its folder, or a URL such as s3://bucket/corpus")

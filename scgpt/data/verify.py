@@ -47,23 +47,30 @@ def verify_files(files: CorpusFiles, entries: Iterable[FileEntry]) -> set[str]:
 
 def verify_cells(files: CorpusFiles, split: SplitEntry, n_tokens: int) -> None:
     """Hold every cell of a split against the invariants of the format, and its metadata against its id."""
+    from scgpt.data.content import CONTENT_HASH, content_hashes  # compiled code, for this only
+
     if not split.cells:
         return
     shards = open_shards(files, split)
     for part, (first, last) in zip(split.parts, part_bounds([part.cells for part in split.parts]), strict=True):
-        ids, tokens = [], 0
+        ids, hashes, tokens = [], [], 0
         for start, stop in windows(shards, first, last):
             batch = shards.fetch(np.arange(start, stop))
             check_cells(batch, n_tokens=n_tokens,
                         where=f"{files.where(part.obs.file.partition('/')[0])}, cells of that split from {start}")
             ids.append(batch.columns[CELL_ID])
+            hashes.append(content_hashes(batch)[0])
             tokens += len(batch.genes)
-        with files.opened(part.obs.file) as stream:
-            known = pq.read_table(stream, columns=[CELL_ID]).column(0).to_numpy()
+        with files.opened(part.obs.file) as stream:   # corpora of older packages hold no content hash
+            table = pq.ParquetFile(stream)
+            held = [name for name in (CELL_ID, CONTENT_HASH) if name in table.schema_arrow.names]
+            known = {name: column.to_numpy() for name, column in zip(held, table.read(held).columns, strict=True)}
         if tokens != part.tokens:
             raise DataError(f"{tokens} values, the manifest says {part.tokens}", where=files.where(part.obs.file),
                             fix="build the corpus again")
-        if not np.array_equal(known, np.concatenate(ids) if ids else []):
+        expected = {name: np.concatenate([np.zeros(0, np.uint64), *found])
+                    for name, found in ((CELL_ID, ids), (CONTENT_HASH, hashes))}
+        if CELL_ID not in known or not all(np.array_equal(known[name], expected[name]) for name in known):
             raise DataError("the metadata are of other cells than the shard's", where=files.where(part.obs.file),
                             fix="build the corpus again")
 

@@ -10,8 +10,8 @@ from launch import cli
 from scgpt.errors import CheckpointError, ConfigError, DataError, ScgptError
 from tests.scgpt.data.cells import random_cells, write_corpus
 
-COMMANDS = ["data plan", "data build", "data peek", "data verify", "data convert", "train", "export", "verify", "embed",
-            "report", "vocab build", "config show", "config list"]
+COMMANDS = ["data plan", "data build", "data peek", "data verify", "data inspect", "data convert", "train", "export",
+            "verify", "embed", "report", "vocab build", "config show", "config list"]
 
 
 def scgpt(*words: str) -> subprocess.CompletedProcess[str]:

@@ -1,13 +1,20 @@
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from scgpt.data import TokenDataset
 from scgpt.data.content import content_hashes
 from scgpt.data.schema import RaggedBatch, offsets_of
+from scgpt.data.verify import verify_cells
+from scgpt.errors import DataError
+from tests.scgpt.data.cells import random_cells, write_corpus
 
 MASK, GOLDEN = (1 << 64) - 1, 0x9E3779B97F4A7C15
 
@@ -72,3 +79,18 @@ def test_cells_that_differ_in_one_gene_or_one_value_have_other_hashes() -> None:
     swapped = [cell | {a: cell[b], b: cell[a]} for a, b in pairwise(genes) if cell[a] != cell[b]]
     found = hashes([cell, *others, *swapped])
     assert len({int(value) for value in found[0]}) == len({int(value) for value in found[1]}) == found.shape[1]
+
+
+def test_a_deep_check_finds_metadata_with_the_hash_of_another_cell(tmp_path: Path) -> None:
+    manifest = write_corpus(tmp_path, {"train": [random_cells([5, 9, 2, 7])]})
+    path = tmp_path / manifest.splits["train"].shards[0].obs.file
+    table = pq.read_table(path)
+    dataset = TokenDataset.open(tmp_path)
+    right = content_hashes(dataset.fetch(np.arange(table.num_rows)))[0]
+    for hashes, good in ((right, True), (right[::-1], False)):
+        pq.write_table(table.append_column("content_hash", pa.array(hashes)), path)
+        if good:
+            verify_cells(dataset.files, dataset.entry, dataset.manifest.vocab.tokens)
+        else:
+            with pytest.raises(DataError, match="the metadata are of other cells"):
+                verify_cells(dataset.files, dataset.entry, dataset.manifest.vocab.tokens)

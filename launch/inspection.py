@@ -1,0 +1,106 @@
+"""What `scgpt data inspect` says, in words."""
+from typing import Any
+
+Facts = dict[str, Any]
+
+
+def describe_facts(facts: Facts) -> str:
+    """A corpus, or an atlas."""
+    return "\n".join(_corpus(facts) if facts["kind"] == "corpus" else _source(facts))
+
+
+def describe_seen(facts: Facts) -> str:
+    """The answer to --was-seen."""
+    return "\n".join(_group_seen(facts) if facts["kind"] == "group" else _file_seen(facts))
+
+
+def _corpus(facts: Facts) -> list[str]:
+    vocab = facts["vocab"]
+    lines = [(f"a corpus of {facts['created_by']}: {facts['expression_kind']}, vocabulary {vocab['name']} of "
+              f"{vocab['tokens']:,} tokens")]
+    for name, split in facts["splits"].items():
+        groups = "" if split["groups"] is None else f", {split['groups']:,} groups"
+        lines.append(f"{name}: {split['cells']:,} cells, {split['tokens']:,} gene values, {split['parts']:,} parts "
+                     f"({split['form']}, {split['bytes'] / 1e6:,.1f} MB{groups})")
+    for source in facts["sources"]:
+        filtered = "".join(f", {cells:,} {reason}" for reason, cells in source["filtered"].items())
+        lines.append(f"source {source['name']} ({source['file']}): {source['cells_written']:,} of "
+                     f"{source['cells_in']:,} cells{filtered}; {source['genes_mapped']:,} of {source['genes']:,} genes")
+    lines += [f"left out: {source['name']}: {source['reason']}" for source in facts["quarantined"]]
+    if facts["duplicates"] is not None:
+        lines.append(describe_duplicates(facts["duplicates"]))
+    return lines + [f"{name}: {_values(column)}" for name, column in facts["columns"].items()]
+
+
+def describe_duplicates(found: Facts) -> str:
+    """Equal cells, and whether they are in the corpus."""
+    if not found["equal"]:
+        return "no two cells are equal"
+    if found["removed"]:
+        return f"{found['equal']:,} cells that equal an earlier one are left out"
+    return (f"{found['equal']:,} cells equal an earlier one, {found['across_splits']:,} cells of valid one of train: "
+            "cells.remove_duplicates leaves them out")
+
+
+def _values(column: Facts) -> str:
+    if "unreadable" in column:
+        return f"cannot be read: {column['unreadable']}"
+    if column["values"] is None:
+        return "more values than could be counted"
+    if not column["values"]:
+        return "no value"
+    if "range" in column:
+        low, high = column["range"]
+        return f"{low:.6g} to {high:.6g}" + (f"; {column['missing']:,} cells without" if column["missing"] else "")
+    commonest = ", ".join(f"{value} {cells:,}" for value, cells in column["commonest"].items())
+    more = f" and {column['values'] - len(column['commonest']):,} more" if column["values"] > len(
+        column["commonest"]) else ""
+    return f"{commonest}{more}" + (f"; {column['missing']:,} cells without" if column["missing"] else "")
+
+
+def _source(facts: Facts) -> list[str]:
+    lines = [(f"{facts['name']}: {facts['kind']}, {facts['cells']:,} cells, {facts['genes']:,} genes, "
+              f"{facts['bytes'] / 1e6:,.1f} MB")]
+    for layer, matrix in facts["matrices"].items():
+        used = " (would be used)" if layer == facts["layer"] else ""
+        told = (f"cannot be read: {matrix['unreadable']}" if "unreadable" in matrix else
+                f"{matrix['looks_like']}; {matrix['values']:,} stored values of {matrix['genes']:,} genes")
+        lines.append(f"matrix {layer}{used}: {told}")
+    for column, genes in facts["gene_columns"].items():
+        lines.append(f"genes in {column}: {genes['style']} such as {', '.join(genes['examples'])}; {genes['mapped']:,} "
+                     f"in the vocabulary ({genes['overlap']:.1%}, {genes['renamed']:,} under another name)")
+    for column, values in facts["obs"].items():
+        kind = f" ({values['type']})" if "type" in values else ""
+        lines.append(f"obs {column}{kind}: {_values(values)}")
+    if facts["obs_cells"] < facts["cells"]:
+        lines.append(f"(obs of the first {facts['obs_cells']:,} cells)")
+    lines += facts["remarks"]
+    return [*lines, "a build would take it" if facts["refused"] is None else
+            f"a build would refuse it: {facts['refused']}"]
+
+
+def _group_seen(facts: Facts) -> list[str]:
+    asked = facts["asked"]
+    if facts["left_out"]:
+        return [f"no: the source '{asked}' was left out: {facts['left_out'][0]}"]
+    if not facts["seen"]:
+        return [f"no: no cell has '{asked}' in {', '.join(facts['columns'])}"]
+    return [f"yes: '{asked}' is a {column}: " + ", ".join(
+        f"{split} {cells:,} cells" if cells is not None else split for split, cells in splits.items())
+            for column, splits in facts["cells"].items()]
+
+
+def _file_seen(facts: Facts) -> list[str]:
+    whose = f"{facts['compared']:,} compared ({facts['cells_in_file']:,} in the file, {facts['layer']})"
+    splits = ", ".join(f"{name} {cells:,}" for name, cells in facts["splits"].items())
+    lines = [(f"cells: {'yes' if facts['seen'] else 'no'}, {facts['found']:,} of {whose} are in the corpus, "
+              f"{facts['share']:.1%}" + (f": {splits}" if facts["found"] else ""))]
+    if facts["same_file"] is not None:
+        lines.append(f"the file is the source '{facts['same_file']}'")
+    for column, groups in facts["groups"].items():
+        held = groups["in_corpus"]
+        named = "; ".join(f"{value} (" + ", ".join(f"{split} {cells:,}" for split, cells in splits.items()) + ")"
+                          for value, splits in list(held.items())[:5])
+        lines.append(f"{column}: {len(held):,} of {groups['values']:,} are names in the corpus" + (
+            f": {named}" if held else ""))
+    return lines

@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.inspection import inspect
+from launch.inspection import describe_facts
+from scgpt.errors import SourceError
+from tests.data_pipeline.atlases import BLOOD, CHR21, VOCAB, build_here, config_of, random_counts, spoil, write_h5ad
+
+
+def test_a_corpus_is_told_as_its_manifest_and_its_cells_are(tmp_path: Path) -> None:
+    config = config_of(BLOOD, tmp_path / "gone.h5ad", {"path": str(BLOOD), "name": "again"}, on_error="skip",
+                       cells={"remove_duplicates": True}, splits={"valid": 0.5, "by": "dataset"})
+    manifest = build_here(config, tmp_path / "out")
+    facts = inspect(tmp_path / "out", VOCAB)
+    assert sum(split["cells"] for split in facts["splits"].values()) == 700
+    assert [split["groups"] for split in facts["splits"].values()] == [1]
+    assert [source["filtered"] for source in facts["sources"]] == [{}, {"duplicate": 700}]
+    assert facts["sha256"] == manifest.sha256
+    assert facts["quarantined"][0]["name"] == "gone"
+    assert facts["columns"]["tissue"] == {"values": 1, "missing": 0, "commonest": {"blood (PBMC)": 700}}
+    assert facts["columns"]["cell_type"]["values"] == 10
+    assert next(iter(facts["columns"]["cell_type"]["commonest"].items())) == ("Dendritic", 240)
+    text = describe_facts(facts)
+    assert "left out: gone: there is no such file (gone.h5ad)" in text
+    assert "700 cells that equal an earlier one are left out" in text
+
+
+def test_an_atlas_is_told_with_all_its_matrices_and_genes(tmp_path: Path) -> None:
+    counts = random_counts(0, 50, 60)
+    path = write_h5ad(tmp_path / "a.h5ad", counts.log1p(), raw=counts, layers={"scaled": counts.toarray() - 3},
+                      obs={"sex": ["f", "m"] * 25, "age": np.arange(50), "score": np.linspace(0, 1, 50)},
+                      var={"symbol": ["x"] * 60})
+    facts = inspect(path, VOCAB)
+    assert {layer: matrix["looks_like"].split(" such")[0] for layer, matrix in facts["matrices"].items()} == {
+        "raw": "counts", "X": "log-normalised values", "scaled": "negative values"}
+    assert (facts["layer"], facts["cells"], facts["genes"], facts["refused"]) == ("raw", 50, 60, None)
+    assert facts["gene_columns"]["index"]["mapped"] == 60
+    assert facts["obs"]["sex"] == {"type": "text", "values": 2, "missing": 0, "commonest": {"f": 25, "m": 25}}
+    assert facts["obs"]["age"]["range"] == [0, 49]
+    assert "obs score (double): 0 to 1" in describe_facts(facts)
+
+
+def test_what_a_build_would_refuse_is_told_with_the_reason(tmp_path: Path) -> None:
+    mouse = write_h5ad(tmp_path / "mouse.h5ad", random_counts(0, 30, 5), ["Lypla1", "Tcea1", "Atp6v1h", "Rgs20",
+                                                                          "Rb1cc1"])
+    assert "mouse genes" in inspect(mouse, VOCAB)["refused"]
+    logs = write_h5ad(tmp_path / "logs.h5ad", random_counts(0, 30, 40).log1p())
+    assert "X holds log-normalised values" in inspect(logs, VOCAB)["refused"]
+    assert inspect(CHR21, VOCAB)["refused"] is None
+
+
+def test_a_column_that_cannot_be_read_is_told_in_its_place(tmp_path: Path) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(0, 30, 40), obs={"sex": ["f", "m"] * 15, "age": range(30)})
+    spoil(path, "obs/sex/codes", lambda codes: codes + 100)
+    facts = inspect(path, VOCAB)
+    assert "a category code outside the 2 categories" in facts["obs"]["sex"]["unreadable"]
+    assert facts["obs"]["age"]["values"] == 30
+    assert "obs sex: cannot be read" in describe_facts(facts)
+
+
+def test_what_is_neither_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="there is no such file"):
+        inspect(tmp_path / "nothing", VOCAB)

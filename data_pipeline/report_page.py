@@ -124,8 +124,8 @@ def _came_in(report: Report) -> Html:
                 kept if source["cells_kept"] else "", left_out, class_="detail")))
     return _section("What came in, and what was kept",
                     _note("A cell that fails several limits counts under the first."),
-                    tag("ul", *legend, class_="legend"), tag("ul", *rows, class_="rows"), *_quarantined(report),
-                    _duplicates(report))
+                    tag("ul", *legend, class_="legend"), tag("ul", *rows, class_="rows"), _duplicates(report),
+                    *_quarantined(report))
 
 
 def _quarantined(report: Report) -> list[Html]:

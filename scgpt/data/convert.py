@@ -38,6 +38,7 @@ def convert(corpus: Path | str, out: Path, config: ConvertConfig) -> Manifest:
     """
     if out.exists():
         raise ConfigError("the directory exists already", where=str(out), fix="give a new --out")
+    files.remove_abandoned(out)
     source = CorpusFiles(corpus)
     manifest = verify_corpus(corpus)
     with files.publish(out) as temporary:

@@ -10,7 +10,7 @@ gains nothing on ids. Reading is by whole inner chunks, for windows of cells; Ar
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ class StoreLayout:
     expression_type: np.dtype[Any]
     compression: Codec | None
     max_bytes: int                # of the genes and expressions that one shard holds, uncompressed
+    max_chunk_items: int = field(default_factory=lambda: CHUNK_ITEMS)
 
     @property
     def arrays(self) -> dict[str, tuple[int, np.dtype[Any]]]:
@@ -58,7 +59,7 @@ class StoreLayout:
 
     def chunk_items(self, array: str) -> int:
         """Items of an inner chunk."""
-        return max(min(CHUNK_ITEMS, self.arrays[array][0]), 1)
+        return max(min(self.max_chunk_items, self.arrays[array][0]), 1)
 
     def shard_items(self, array: str) -> int:
         """Items of a shard: whole chunks, at least one, no more than the array needs."""

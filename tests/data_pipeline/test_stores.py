@@ -1,13 +1,19 @@
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_pipeline import plan as planning
 from data_pipeline.plan import make_plan
 from scgpt.data import TokenDataset, verify_corpus, zarr_format
 from scgpt.data.convert import ConvertConfig, convert
 from scgpt.errors import ConfigError
-from tests.data_pipeline.atlases import BLOOD, CHR21, Here, build_here, bytes_of, cells_of, config_of
+from tests.data_pipeline.atlases import BLOOD, CHR21, ROOT, Here, build_here, bytes_of, cells_of, config_of
 
 CODECS = ("none", "zstd", "lz4")
 
@@ -86,9 +92,9 @@ def test_a_build_cut_off_anywhere_goes_on_to_the_same_bytes_and_repeats_nothing(
         before = {path: path.stat().st_mtime_ns for path in (out / ".build").rglob("*.zarr/*/c/*")}
         build_here(config, out)
         assert bytes_of(out) == bytes_of(tmp_path / "whole")
-        for path, time in before.items():
+        for path, modified_ns in before.items():
             if not path.name.startswith(".tmp-"):
-                assert (out / path.relative_to(out / ".build")).stat().st_mtime_ns == time
+                assert (out / path.relative_to(out / ".build")).stat().st_mtime_ns == modified_ns
 
 
 def test_a_commit_of_a_store_that_was_cut_off_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,3 +121,40 @@ def test_a_corpus_of_the_other_form_is_another_plan(tmp_path: Path) -> None:
     convert(tmp_path / "zarr", tmp_path / "converted", ConvertConfig(compression="zstd"))
     with pytest.raises(ConfigError, match="a corpus of another plan"):
         build_here(config_of(CHR21, shards=settings("arrow")), tmp_path / "converted")
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from data_pipeline import plan
+from data_pipeline.config import CorpusConfig
+from data_pipeline.execute import build
+from scgpt.config import validate
+from scgpt.data import zarr_format
+plan.BLOCK_VALUES, zarr_format.CHUNK_ITEMS = 20_000, 5000
+build(validate(CorpusConfig, {"sources": sys.argv[2:], "cells": {"min_genes": 1},
+                              "shards": {"form": "zarr", "compression": "lz4", "max_bytes": "64KiB"}}),
+      Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_while_stores_are_written_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "BLOCK_VALUES", 20_000)
+    monkeypatch.setattr("scgpt.data.zarr_format.CHUNK_ITEMS", 5000)
+    build_here(config_of(CHR21, shards=settings("zarr", "lz4")), tmp_path / "whole")
+    out, command = tmp_path / "out", [sys.executable, "-c", DRIVER, str(tmp_path / "out"), str(CHR21)]
+    with tempfile.TemporaryDirectory(prefix="s-", dir="/tmp", ignore_cleanup_errors=True) as folder:   # short, for Ray
+        environment = os.environ | {"TMPDIR": folder}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, start_new_session=True)
+        while process.poll() is None and len(list(out.glob(".build/records/store-*.json"))) < 3:
+            time.sleep(0.02)
+        process.kill()
+        process.wait(timeout=60)
+        assert not (out / "manifest.json").exists()
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
+                              check=False)
+    assert done.returncode == 0, done.stderr
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+    verify_corpus(out, deep=True)

@@ -32,6 +32,15 @@ def test_a_changed_manifest_is_refused(tmp_path: Path, change):
         Manifest.read(tmp_path)
 
 
+def test_what_is_not_needed_is_absent_as_in_the_manifests_of_older_packages(tmp_path: Path):
+    manifest = write_corpus(tmp_path, {"train": [random_cells([3, 4])]})
+    split = json.loads((tmp_path / "manifest.json").read_bytes())["splits"]["train"]
+    assert list(split) == ["cells", "tokens", "shards"]
+    assert list(split["shards"][0]) == ["file", "cells", "tokens", "bytes", "sha256", "batches", "obs"]
+    packed = manifest.splits["train"].model_copy(update={"compression": "lz4"})
+    assert packed.model_dump(mode="json")["compression"] == "lz4"
+
+
 def test_a_newer_format_is_told_from_a_damaged_one(tmp_path: Path):
     write_corpus(tmp_path, {"train": [random_cells([3, 4])]})
     path = tmp_path / "manifest.json"

@@ -134,10 +134,8 @@ def token_of(name: str, species: str) -> str:
     if not name or (name.startswith("<") and name.endswith(">")):
         return ""
     tables, match = gene_tables(), ENSEMBL_ID.fullmatch(name)
-    if match is not None and species == OTHER:
-        return match["id"]
-    if match is not None:
-        symbol_of = tables.symbol_of if species == HUMAN else tables.mouse
-        return symbol_of.get(match["id"], match["symbol"] or match["id"])
+    if match is not None:   # what stands before an unknown id may be a genome, or a mark: the id is sure
+        symbol_of = tables.symbol_of if species == HUMAN else tables.mouse if species == MOUSE else {}
+        return symbol_of.get(match["id"], match["id"])
     later = tables.later.get(name, ()) if species == HUMAN and name not in tables.current else ()
     return next(iter(later)) if len(later) == 1 else name

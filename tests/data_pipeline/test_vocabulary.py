@@ -138,6 +138,15 @@ def saved(vocab: GeneVocab, folder: Path) -> Path:
     return folder / "vocab.json"
 
 
+@pytest.mark.parametrize(("name", "species", "token"), [
+    ("CD3D_ENSG00000167286", "human", "CD3D"), ("GRCh38_ENSG99999999999", "human", "ENSG99999999999"),
+    ("DEPRECATED_ENSMUSG99999999999|Itgb2l|2ef1e7b", "mouse", "ENSMUSG99999999999"),
+    ("ENSMUSG00000051951|Xkr4|1", "mouse", "Xkr4"), ("sox2_ENSDARG00000000001", "other", "ENSDARG00000000001"),
+    ("SEPT7", "human", "SEPTIN7"), ("SEPT7", "other", "SEPT7"), ("<cls>", "human", ""), ("", "other", "")])
+def test_a_name_becomes_one_token(name: str, species: str, token: str) -> None:
+    assert token_of(name, species) == token
+
+
 def test_two_species_are_refused_unless_names_are_taken_as_they_are() -> None:
     with pytest.raises(ConfigError, match=r"several species: human, mouse.*--species other"):
         built(PANCREAS, MOUSE)

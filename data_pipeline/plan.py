@@ -159,7 +159,7 @@ def check_unchanged(source: SourcePlan) -> None:
     try:
         same = source.path.state() == source.state
     except SourceError as error:
-        if source.path.exists():
+        if not isinstance(error.__cause__, FileNotFoundError):   # a network that is down is no change
             raise
         raise _changed(source) from error
     if not same:

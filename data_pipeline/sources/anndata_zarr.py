@@ -3,6 +3,7 @@
 What a store's format calls consolidated metadata is not used: a copy may tell of arrays that are gone. A chunk that was
 never written reads as zeros, as Zarr says; of a sparse matrix no chunk may be missing (AnnDataFile looks).
 """
+import contextlib
 from typing import Any
 
 from data_pipeline.sources.anndata_files import AnnDataFile
@@ -22,15 +23,18 @@ class AnnDataZarr(AnnDataFile):
         """Open a store and choose its matrix; see `open_source`."""
         import zarr
 
+        opened = contextlib.ExitStack()
         try:
             store, path = _store(location)
+            opened.callback(store.close)
             root = zarr.open_group(store, path=path, mode="r", use_consolidated=False)
         except ScgptError:
             raise
         except Exception as error:
+            opened.close()
             raise SourceError(f"not a Zarr group: {location.cause(error)}", where=str(location),
                               fix=f"give a folder that anndata has written with write_zarr; {RESTORE}") from error
-        return cls.of_root(root, location, name=name, layer=layer, close=store.close)
+        return cls.of_root(root, location, name=name, layer=layer, close=opened.close)
 
 
 def _store(location: Location) -> tuple[Any, str]:

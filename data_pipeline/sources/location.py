@@ -229,7 +229,8 @@ class Location:
 
     def _local_files(self) -> list[Entry]:
         root = Path(self.url)
-        paths = ([Path(folder, name) for folder, _, names in os.walk(root, onerror=_raise) for name in names]
+        paths = ([Path(folder, name) for folder, _, names in os.walk(root, onerror=_raise, followlinks=True)
+                  for name in names]
                  if root.is_dir() else [root])
         found = []
         for path in paths:
@@ -264,7 +265,10 @@ class Location:
         except ScgptError:
             raise
         except FileNotFoundError as error:
-            raise SourceError("there is no such file", where=str(self), fix="check the path") from error
+            where = str(self) if self.is_remote or error.filename is None else str(error.filename)
+            fix = "check the path" + ("; folders are read from disks and object stores, not from web servers"
+                                      if self.scheme in _HTTP else "")
+            raise SourceError("there is no such file", where=where, fix=fix) from error
         except ImportError as error:
             raise ConfigError(f"{self.scheme}:// needs a package that is not installed: {error}", where=str(self),
                               fix="install it; for s3://, in a clone: pip install '.[remote]'") from error

@@ -147,6 +147,17 @@ def test_an_empty_file_and_an_empty_folder_have_fingerprints(tmp_path: Path) -> 
     assert Location.of(tmp_path / "empty").sha256() == sha256(tmp_path / "empty")
 
 
+def test_links_below_a_folder_are_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "0").write_bytes(b"far")
+    (tmp_path / "a.zarr").mkdir()
+    (tmp_path / "a.zarr" / "c").symlink_to(tmp_path / "elsewhere")
+    assert [entry.name for entry in Location.of(tmp_path / "a.zarr").files()] == ["c/0"]
+    (tmp_path / "a.zarr" / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SourceError, match="no such file.*a.zarr/gone"):
+        Location.of(tmp_path / "a.zarr").files()
+
+
 @pytest.mark.parametrize(("url", "error", "message"), [
     ("nowhere://bucket/a.h5ad", SourceError, "cannot be read.*nowhere"),
     ("http://127.0.0.1:9/a.h5ad", SourceError, "http://127.0.0.1:9/a.h5ad")])

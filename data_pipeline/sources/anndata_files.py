@@ -4,7 +4,7 @@ CSR rows are two contiguous slices. Dense rows are a slice whose zeros are dropp
 over the file: they are cut into row blocks once (rechunk.py), or, for one block, gathered in one scan of the matrix.
 """
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,11 @@ from typing_extensions import override
 
 from data_pipeline.sources import elements
 from data_pipeline.sources.base import AUTO, INDEX, PROBE_VALUES, RAW, Source, X, are_counts
+from data_pipeline.sources.compressed import StoredMatrix
 from data_pipeline.sources.elements import Element
 from data_pipeline.sources.faults import reading
-from data_pipeline.sources.hdf5_chunks import read_values
 from data_pipeline.sources.location import Location
-from data_pipeline.sources.rechunk import Entries, cut_by_rows, read_block, to_csr
+from data_pipeline.sources.rechunk import cut_by_rows, read_block, select_rows
 from scgpt.errors import ConfigError, SourceError
 
 SCAN_VALUES = 1 << 22   # stored values of a CSC matrix in memory at once while a block is gathered
@@ -30,9 +30,8 @@ class AnnDataFile(Source):
     """An open AnnData file or store with one of its matrices (X, raw/X or a layer) in use."""
 
     container = "a file"      # in words, for errors
-    _data: Element            # the stored values; of a dense matrix: itself
-    _indices: Element         # None for a dense matrix
-    _indptr: Element
+    _dense: Element           # the matrix in use, where it is dense
+    _sparse: StoredMatrix     # where it is CSR or CSC
 
     def __init__(self, root: Element, path: Location, name: str, layer: str, close: Callable[[], None]) -> None:
         self.root, self.path, self.name, self.layer, self._close = root, path, name, layer, close
@@ -48,9 +47,13 @@ class AnnDataFile(Source):
             matrix = root[key]
             self.format = elements.sparse_format(matrix)
             self.n_cells, self.n_genes = elements.matrix_shape(matrix)
-            dense = self.format == "dense"
-            self._data, self._indices, self._indptr = (
-                (matrix, None, None) if dense else (matrix["data"], matrix["indices"], matrix["indptr"]))
+            if self.format == "dense":
+                self._dense = matrix
+            else:
+                n_major, n_minor, minor = ((self.n_cells, self.n_genes, "column") if self.format == "csr" else
+                                           (self.n_genes, self.n_cells, "row"))
+                self._sparse = StoredMatrix(matrix["data"], matrix["indices"], matrix["indptr"], n_major, n_minor,
+                                            minor)
             self._check_shape()
         self._check_chunks()
 
@@ -131,22 +134,21 @@ class AnnDataFile(Source):
     @override
     def value_offsets(self, first: int, last: int) -> NDArray[np.int64]:
         if self.format == "csr":
-            return self._offsets(first, last)
+            with self._reading(f"{self.layer}, rows {first} to {last}"):
+                return self._sparse.offsets(first, last)
         rows = np.arange(first, last + 1, dtype=np.int64)
         if self.format == "dense":
             return rows * self.n_genes
-        return (rows * int(self._data.shape[0])) // max(self.n_cells, 1)
+        return (rows * int(self._sparse.data.shape[0])) // max(self.n_cells, 1)
 
     @override
     def bytes_per_value(self) -> int:
-        if self.format == "dense":
-            return int(self._data.dtype.itemsize) + 8
-        return int(self._data.dtype.itemsize + self._indices.dtype.itemsize)
+        return int(self._dense.dtype.itemsize) + 8 if self.format == "dense" else self._sparse.bytes_per_value
 
     @property
     @override
     def chunk_bytes(self) -> int:
-        return sum(elements.chunk_bytes(array) for array in (self._data, self._indices) if array is not None)
+        return sum(elements.chunk_bytes(array) for array in self._arrays()[:2])
 
     @override
     def stored_share(self) -> float:
@@ -159,10 +161,13 @@ class AnnDataFile(Source):
     def read_rows(self, first: int, last: int) -> csr_array:
         with self._reading(f"{self.layer}, rows {first} to {last}"):
             if self.format == "csr":
-                return self._csr_rows(first, last)
-            if self.format == "csc":
-                return self._csc_rows(first, last)
-            return csr_array(self._data[first:last])
+                return self._sparse.rows(first, last)
+            if self.format == "dense":
+                return csr_array(self._dense[first:last])
+            if self._row_blocks is not None:
+                return read_block(self._row_blocks, first, last, self.n_genes, self._sparse.data.dtype)
+            return select_rows(self._sparse.slabs(SCAN_VALUES), first, (last - first, self.n_genes),
+                               self._sparse.data.dtype)
 
     @property
     @override
@@ -172,81 +177,18 @@ class AnnDataFile(Source):
     @override
     def cut_row_blocks(self, firsts: Sequence[int], folder: Path) -> list[Path]:
         with self._reading(self.layer):
-            return cut_by_rows(self._slabs(), firsts, folder)
+            return cut_by_rows(self._sparse.slabs(SCAN_VALUES), firsts, folder)
 
     @override
     def use_row_blocks(self, folder: Path) -> None:
         self._row_blocks = folder
 
-    def _offsets(self, first: int, last: int) -> NDArray[np.int64]:
-        with self._reading(f"{self.layer}, rows {first} to {last}"):
-            offsets: NDArray[np.int64] = self._indptr[first:last + 1].astype(np.int64)
-            stored = int(self._data.shape[0])
-            ascending = len(offsets) == last - first + 1 and not (np.diff(offsets) < 0).any()
-            if not ascending or offsets[0] < 0 or offsets[-1] > stored:
-                raise ValueError(f"row boundaries that do not fit the {stored} stored values")
-        return offsets
-
-    def _csr_rows(self, first: int, last: int) -> csr_array:
-        offsets = self._offsets(first, last)
-        first_value, last_value = int(offsets[0]), int(offsets[-1])
-        data = read_values(self._data, first_value, last_value)
-        columns = read_values(self._indices, first_value, last_value)
-        self._check_indices(columns, self.n_genes, "column")
-        self._check_written(data, columns, offsets - offsets[0])
-        return csr_array((data, columns, offsets - offsets[0]), shape=(last - first, self.n_genes))
-
-    def _csc_rows(self, first: int, last: int) -> csr_array:
-        if self._row_blocks is not None:
-            return read_block(self._row_blocks, first, last, self.n_genes, self._data.dtype)
-        parts = []
-        for rows, columns, values in self._slabs():
-            inside = np.flatnonzero((rows >= first) & (rows < last))
-            parts.append((rows[inside] - first, columns[inside], values[inside]))
-        if not parts:
-            return csr_array((last - first, self.n_genes), dtype=self._data.dtype)
-        rows, columns, values = (np.concatenate([part[i] for part in parts]) for i in range(3))
-        return to_csr((rows, columns, values), (last - first, self.n_genes))
-
-    def _slabs(self) -> Iterator[Entries]:
-        """All entries of a CSC matrix in pieces of SCAN_VALUES, by column."""
-        offsets = self._indptr[:].astype(np.int64)
-        stored = int(self._data.shape[0])
-        if (np.diff(offsets) < 0).any() or offsets[0] != 0 or offsets[-1] != stored:
-            raise ValueError(f"column boundaries that do not fit the {stored} stored values")
-        for start in range(0, stored, SCAN_VALUES):
-            stop = min(start + SCAN_VALUES, stored)
-            rows, data = read_values(self._indices, start, stop), read_values(self._data, start, stop)
-            self._check_indices(rows, self.n_cells, "row")
-            columns = np.searchsorted(offsets, np.arange(start, stop), side="right") - 1
-            self._check_written(data, rows, np.clip(offsets - start, 0, stop - start))
-            yield rows, columns, data
-
-    @staticmethod
-    def _check_indices(indices: NDArray[np.integer], size: int, what: str) -> None:
-        if len(indices) and (indices.min() < 0 or indices.max() >= size):
-            raise ValueError(f"a {what} index outside the {size} {what}s")
-
-    def _check_written(self, data: NDArray[np.generic], indices: NDArray[np.integer],
-                       offsets: NDArray[np.int64]) -> None:
-        """Raise ValueError where entries look like chunks that nobody has written, and some are missing.
-
-        Those read as zeros. A stored 0, two entries of a row in column 0, a row longer than there are columns may be in
-        a whole file too: only then the chunks are counted. `offsets`: of the rows (CSC: columns) within the entries.
-        """
-        if len(data) and not data.all() and (missing := elements.missing_chunks(self._data)):
-            raise ValueError(f"{missing} chunks of its values are missing")
-        of_zeros = np.searchsorted(offsets, np.flatnonzero(indices == 0), side="right")
-        if (of_zeros[1:] == of_zeros[:-1]).any() and (missing := elements.missing_chunks(self._indices)):
-            raise ValueError(f"{missing} chunks of its indices are missing")
-        longest = np.diff(offsets).max(initial=0)
-        if longest > (self.n_genes if self.format == "csr" else self.n_cells) and (
-                missing := elements.missing_chunks(self._indptr)):
-            raise ValueError(f"{missing} chunks of its row boundaries are missing")
+    def _arrays(self) -> tuple[Element, ...]:
+        return (self._dense,) if self.format == "dense" else (self._sparse.data, self._sparse.indices,
+                                                              self._sparse.indptr)
 
     def _check_chunks(self) -> None:
-        arrays = (self._data, self._indices, self._indptr)
-        largest = max(elements.chunk_bytes(array) for array in arrays if array is not None)
+        largest = max(map(elements.chunk_bytes, self._arrays()))
         if largest > MAX_CHUNK_BYTES:
             raise SourceError(f"its matrix is stored in chunks of {largest / 2**30:.1f} GiB, each read as a whole",
                               where=f"{self.path}, {self.layer}", fix="write it again with chunks of some MiB")
@@ -255,16 +197,8 @@ class AnnDataFile(Source):
         n_obs, n_var = elements.n_rows(self._obs), elements.n_rows(self._var)
         if (n_obs, n_var) != (self.n_cells, self.n_genes):
             raise ValueError(f"a matrix of {self.n_cells} x {self.n_genes} with {n_obs} rows in obs and {n_var} in var")
-        if self.format == "dense":
-            return
-        lengths = {key: int(array.shape[0]) for key, array in
-                   (("data", self._data), ("indices", self._indices), ("indptr", self._indptr))}
-        major = self.n_cells if self.format == "csr" else self.n_genes
-        if lengths["data"] != lengths["indices"] or lengths["indptr"] != major + 1:
-            raise ValueError(f"a sparse matrix of {major} rows with {lengths['data']} values, {lengths['indices']} "
-                             f"indices and {lengths['indptr']} boundaries")
-        if major and (end := int(self._indptr[-1])) != lengths["data"]:
-            raise ValueError(f"{lengths['data']} values where the boundaries say {end}")
+        if self.format != "dense":
+            self._sparse.check()
 
     def _reading(self, what: str) -> contextlib.AbstractContextManager[None]:
         return reading(self.path, what)

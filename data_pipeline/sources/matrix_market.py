@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv
 
-from data_pipeline.sources.csr import check_indices
+from data_pipeline.sources.compressed import check_indices
 from data_pipeline.sources.rechunk import Entries
 
 PIECE_BYTES = 16 << 20   # text in memory at once, some 1.5 million entries

@@ -14,7 +14,7 @@ from scipy.sparse import csr_array
 from typing_extensions import override
 
 from data_pipeline.sources.base import AUTO, INDEX, RAW, Source
-from data_pipeline.sources.csr import check_indices
+from data_pipeline.sources.compressed import check_indices
 from data_pipeline.sources.faults import reading
 from data_pipeline.sources.location import CENSUS, Location
 from data_pipeline.sources.obs_columns import is_plain, plain

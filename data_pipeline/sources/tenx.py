@@ -16,7 +16,8 @@ from scipy.sparse import csr_array
 from typing_extensions import override
 
 from data_pipeline.sources.base import AUTO, INDEX, Source, X
-from data_pipeline.sources.csr import StoredRows, keep_columns
+from data_pipeline.sources.compressed import StoredMatrix, keep_columns
+from data_pipeline.sources.elements import chunk_bytes
 from data_pipeline.sources.faults import reading
 from data_pipeline.sources.h5ad import open_hdf5
 from data_pipeline.sources.location import Location
@@ -118,7 +119,8 @@ class TenxH5(TenxSource):
             groups = _groups(file)
             if not groups:
                 raise SourceError(f"HDF5, but not of Cell Ranger: it holds {', '.join(sorted(file)[:8]) or 'nothing'}",
-                                  where=str(path), fix="give a file such as filtered_feature_bc_matrix.h5")
+                                  where=str(path), fix="say what it is: kind: h5ad" if {"obs", "var"} <= set(file) else
+                                                       "give a file such as filtered_feature_bc_matrix.h5")
             self._genomes = _genomes_of(file[_V3_GROUP]) if groups == [_V3_GROUP] else groups
             genome = _choose_genome(self._genomes, layer, path)
             self.layer = X if genome is None else genome
@@ -126,8 +128,8 @@ class TenxH5(TenxSource):
             self.features = _features(self._group, genome)
             n_features, self.n_cells = (int(size) for size in self._group["shape"][:])
             self.n_genes = self.features.n_genes
-            self._rows = StoredRows(self._group["data"], self._group["indices"], self._group["indptr"], self.n_cells,
-                                    n_features)
+            self._rows = StoredMatrix(self._group["data"], self._group["indices"], self._group["indptr"], self.n_cells,
+                                      n_features, "column")
             self._rows.check()
             check_sizes(n_features, self.n_cells, self.features, int(self._group["barcodes"].shape[0]))
 
@@ -162,7 +164,12 @@ class TenxH5(TenxSource):
 
     @override
     def bytes_per_value(self) -> int:
-        return int(self._rows.data.dtype.itemsize + self._rows.indices.dtype.itemsize)
+        return self._rows.bytes_per_value
+
+    @property
+    @override
+    def chunk_bytes(self) -> int:
+        return chunk_bytes(self._rows.data) + chunk_bytes(self._rows.indices)
 
     @override
     def read_rows(self, first: int, last: int) -> csr_array:

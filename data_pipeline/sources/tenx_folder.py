@@ -6,6 +6,7 @@ once (rechunk.py), like a matrix that is stored by columns.
 import contextlib
 import gzip
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, cast
@@ -36,12 +37,13 @@ class TenxFolder(TenxSource):
         self._matrix, barcodes, features = _members(path)
         with reading(path, features.name):
             self.features = _text_features(features)
+        self._barcodes = barcodes
         with reading(path, barcodes.name):
-            self._barcodes = pa.array([row[0] for row in _table(barcodes)], pa.string())
+            n_barcodes = _count_lines(barcodes)
         with reading(path, self._matrix.name), _plain(self._matrix) as stream:
             self._header = read_header(stream)
             self.n_cells, self.n_genes = self._header.n_columns, self.features.n_genes
-            check_sizes(self._header.n_rows, self.n_cells, self.features, len(self._barcodes))
+            check_sizes(self._header.n_rows, self.n_cells, self.features, n_barcodes)
 
     @classmethod
     def open(cls, location: Location, *, name: str, layer: str = AUTO) -> "TenxFolder":
@@ -58,7 +60,12 @@ class TenxFolder(TenxSource):
 
     @override
     def obs(self, columns: Sequence[str], first: int = 0, last: int | None = None) -> dict[str, pa.Array]:
-        return {name: self._barcodes.slice(first, None if last is None else last - first) for name in columns}
+        if not columns:
+            return {}
+        with reading(self.path, self._barcodes.name), _plain(self._barcodes) as stream:
+            lines = itertools.islice(stream, first, last)   # a raw matrix names millions: they are never held together
+            words = pa.array([line.split(b"\t")[0].strip().decode(errors="replace") for line in lines], pa.string())
+            return dict.fromkeys(columns, words)
 
     @override
     def value_offsets(self, first: int, last: int) -> NDArray[np.int64]:
@@ -78,7 +85,7 @@ class TenxFolder(TenxSource):
     @property
     @override
     def chunk_bytes(self) -> int:
-        return 6 * PIECE_BYTES   # of text, its numbers, and the entries that are chosen of them
+        return 8 * PIECE_BYTES   # of text, its numbers, and the entries that are chosen of them
 
     @override
     def read_rows(self, first: int, last: int) -> csr_array:
@@ -139,6 +146,15 @@ def _plain(path: Location) -> Iterator[IO[bytes]]:
         if path.suffix == ".gz":
             stream = cast(IO[bytes], stack.enter_context(gzip.open(stream, "rb")))
         yield stream
+
+
+def _count_lines(path: Location) -> int:
+    """Lines of a text, the last one perhaps without an end."""
+    lines, last = 0, b"\n"
+    with _plain(path) as stream:
+        while piece := stream.read(1 << 20):
+            lines, last = lines + piece.count(b"\n"), piece[-1:]
+    return lines + (last != b"\n")
 
 
 def _table(path: Location) -> list[list[str]]:

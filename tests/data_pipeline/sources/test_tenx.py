@@ -156,3 +156,20 @@ def test_the_real_files_of_both_versions_hold_the_same_cells() -> None:
 def test_the_real_mouse_files_are_refused_as_mouse(name: str) -> None:
     with open_source(shared(name)) as source, pytest.raises(SourceError, match="these are mouse genes"):
         map_source(source, VOCAB, min_gene_overlap=0.3)
+
+
+def test_chunks_that_were_never_written_are_no_zeros(tmp_path: Path) -> None:
+    for key in ("data", "indices"):
+        path = write_tenx_h5(tmp_path / f"{key}.h5", COUNTS)
+        with h5py.File(path, "r+") as file:
+            values = file[f"matrix/{key}"][:]
+            del file[f"matrix/{key}"]
+            array = file["matrix"].create_dataset(key, shape=values.shape, dtype=values.dtype, chunks=(50,))
+            array[:200] = values[:200]
+        with open_source(path) as source, pytest.raises(SourceError, match="chunks of its .* are missing"):
+            source.read_rows(0, 60)
+
+
+def test_an_h5ad_file_of_another_name_is_recognised(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="not of Cell Ranger.*say what it is: kind: h5ad"):
+        open_source(write_h5ad(tmp_path / "a.h5", COUNTS))

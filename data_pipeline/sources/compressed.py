@@ -1,0 +1,103 @@
+"""A sparse matrix as three arrays of an HDF5 or Zarr group, CSR or CSC: read by slices, and held against itself.
+
+What h5py and zarr read of chunks that nobody has written are zeros: such a file must not become a corpus of zeros.
+"""
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from data_pipeline.sources import elements
+from data_pipeline.sources.elements import Element
+from data_pipeline.sources.hdf5_chunks import read_values
+from data_pipeline.sources.rechunk import Entries
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """CSR: major is rows (cells), minor is columns; CSC: the other way. All methods raise ValueError on misfits."""
+
+    data: Element      # (values,)
+    indices: Element   # (values,)     minor of each value
+    indptr: Element    # (major + 1,)  where each row (CSC: column) begins
+    n_major: int
+    n_minor: int
+    minor: str         # "column" or "row", for messages
+
+    def check(self) -> None:
+        """Compare the lengths of the arrays and the end of the last row; reads one number."""
+        lengths = {key: int(getattr(self, key).shape[0]) for key in ("data", "indices", "indptr")}
+        if lengths["data"] != lengths["indices"] or lengths["indptr"] != self.n_major + 1:
+            raise ValueError(f"a sparse matrix of {self.n_major} rows with {lengths['data']} values, "
+                             f"{lengths['indices']} indices and {lengths['indptr']} boundaries")
+        if self.n_major and (end := int(self.indptr[-1])) != lengths["data"]:
+            raise ValueError(f"{lengths['data']} values where the boundaries say {end}")
+
+    @property
+    def bytes_per_value(self) -> int:
+        """Bytes of a value and its index."""
+        return int(self.data.dtype.itemsize + self.indices.dtype.itemsize)
+
+    def offsets(self, first: int, last: int) -> NDArray[np.int64]:
+        """Where the rows (CSC: columns) first .. last begin, (last - first + 1,)."""
+        offsets: NDArray[np.int64] = self.indptr[first:last + 1].astype(np.int64)
+        stored = int(self.data.shape[0])
+        ascending = len(offsets) == last - first + 1 and not (np.diff(offsets) < 0).any()
+        if not ascending or offsets[0] < 0 or offsets[-1] > stored:
+            raise ValueError(f"{'row' if self.minor == 'column' else 'column'} boundaries that do not fit the {stored} "
+                             "stored values")
+        return offsets
+
+    def rows(self, first: int, last: int) -> csr_array:
+        """Rows [first, last) of CSR, (last - first, n_minor)."""
+        offsets = self.offsets(first, last)
+        data, columns = self._entries(int(offsets[0]), int(offsets[-1]), offsets)
+        return csr_array((data, columns, offsets - offsets[0]), shape=(last - first, self.n_minor))
+
+    def slabs(self, n_values: int) -> Iterator[Entries]:
+        """(rows, columns, values) of CSC, `n_values` at a time, by column."""
+        offsets = self.offsets(0, self.n_major)
+        stored = int(self.data.shape[0])
+        for start in range(0, stored, n_values):
+            stop = min(start + n_values, stored)
+            data, rows = self._entries(start, stop, offsets)
+            yield rows, np.searchsorted(offsets, np.arange(start, stop), side="right") - 1, data
+
+    def _entries(self, start: int, stop: int, offsets: NDArray[np.int64],
+                 ) -> tuple[NDArray[np.generic], NDArray[np.integer]]:
+        """Values [start, stop) and their indices; `offsets` are boundaries that lie among them."""
+        data, indices = read_values(self.data, start, stop), read_values(self.indices, start, stop)
+        check_indices(indices, self.n_minor, self.minor)
+        self._check_written(data, indices, np.clip(offsets - start, 0, stop - start))
+        return data, indices
+
+    def _check_written(self, data: NDArray[np.generic], indices: NDArray[np.integer],
+                       offsets: NDArray[np.int64]) -> None:
+        """Raise ValueError where entries look like chunks that nobody has written, and some are missing.
+
+        Those read as zeros. A stored 0, two entries of a row in column 0, a row longer than there are columns may be in
+        a whole file too: only then the chunks are counted. `offsets`: of the rows (CSC: columns) within the entries.
+        """
+        if len(data) and not data.all() and (missing := elements.missing_chunks(self.data)):
+            raise ValueError(f"{missing} chunks of its values are missing")
+        of_zeros = np.searchsorted(offsets, np.flatnonzero(indices == 0), side="right")
+        if (of_zeros[1:] == of_zeros[:-1]).any() and (missing := elements.missing_chunks(self.indices)):
+            raise ValueError(f"{missing} chunks of its indices are missing")
+        if np.diff(offsets).max(initial=0) > self.n_minor and (missing := elements.missing_chunks(self.indptr)):
+            raise ValueError(f"{missing} chunks of its row boundaries are missing")
+
+
+def check_indices(indices: NDArray[np.integer], size: int, what: str) -> None:
+    """Raise ValueError for an index of a row or a column that is not there."""
+    if len(indices) and (indices.min() < 0 or indices.max() >= size):
+        raise ValueError(f"a {what} index outside the {size} {what}s")
+
+
+def keep_columns(rows: csr_array, places: NDArray[np.integer], n_columns: int) -> csr_array:
+    """The same rows with column c moved to places[c], those of -1 left out, (rows, n_columns)."""
+    moved = places[rows.indices]
+    kept = moved >= 0
+    before = np.concatenate([[0], np.cumsum(kept, dtype=np.int64)])
+    return csr_array((rows.data[kept], moved[kept], before[rows.indptr]), shape=(rows.shape[0], n_columns))

@@ -128,6 +128,6 @@ def test_grad_reverse():
     assert torch.equal(x.grad, -torch.ones(3))
 
 
-@pytest.mark.parametrize("block", blocks(PAGE), ids=["packed", "generation"])
+@pytest.mark.parametrize("block", blocks(PAGE), ids=["drop-in", "packed", "generation"])
 def test_blocks_of_the_model_page_run(block):
     exec(compile(block.code, str(PAGE), "exec"), {})

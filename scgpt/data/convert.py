@@ -57,7 +57,7 @@ def _convert_split(source: CorpusFiles, name: str, entry: SplitEntry, out: Path,
                    manifest: Manifest) -> SplitEntry:
     compression: Codec | None = None if config.compression == "none" else config.compression
     obs = [_copy(source, part.obs, out) for part in entry.parts]
-    made = SplitEntry(cells=entry.cells, tokens=entry.tokens, shards=[], compression=compression, groups=entry.groups)
+    made = entry.model_copy(update={"shards": [], "store": None, "compression": compression})   # all else stays
     if not entry.cells:
         return made
     shards = open_shards(source, entry)

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from scgpt.data.shards import Shards
 
 INDPTR = "indptr"
-CHUNK_ITEMS = 1 << 16       # of an inner chunk: what is read at once
+CHUNK_ITEMS = 1 << 16       # values of an inner chunk: what is read at once
+_CELLS_SHARE = 8            # chunks of `indptr` and `cell_id` have so many times fewer items: a cell needs one or two
 CACHE_BYTES = 64 << 20      # of decoded chunks, for each array of an opened split
 _GROUP_BYTES = 32 << 20     # of chunks worked on at once
 _RUN_CHUNKS = 64            # neighbouring chunks that are read as one
@@ -49,7 +50,7 @@ class StoreLayout:
     expression_type: np.dtype[Any]
     compression: Codec | None
     max_bytes: int                # of the genes and expressions that one shard holds, uncompressed
-    max_chunk_items: int = field(default_factory=lambda: CHUNK_ITEMS)
+    max_chunk_items: int = field(default_factory=lambda: CHUNK_ITEMS)   # of genes and expressions
 
     @property
     def arrays(self) -> dict[str, tuple[int, np.dtype[Any]]]:
@@ -59,7 +60,8 @@ class StoreLayout:
 
     def chunk_items(self, array: str) -> int:
         """Items of an inner chunk."""
-        return max(min(self.max_chunk_items, self.arrays[array][0]), 1)
+        most = self.max_chunk_items if array in (GENES, EXPRESSIONS) else self.max_chunk_items // _CELLS_SHARE
+        return max(min(most, self.arrays[array][0]), 1)
 
     def shard_items(self, array: str) -> int:
         """Items of a shard: whole chunks, at least one, no more than the array needs."""

@@ -74,6 +74,27 @@ def test_few_cells_of_a_batch_behind_a_url_cost_their_own_bytes(tmp_path: Path, 
     assert read == []
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_ids_alone_are_read_without_the_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec):
+    cells = random_cells([200] * 500)
+    write_corpus(tmp_path, {"train": [cells.take(np.arange(300)), cells.take(np.arange(300, 500))]},
+                 max_batch_values=10_000, compression=codec)
+    monkeypatch.setattr(record_batches, "_GROUP_BYTES", 100_000)
+    monkeypatch.setattr("scgpt.data.corpus_files._GAP_BYTES", 0)
+    shards = TokenDataset.open(in_memory(tmp_path)).shards
+    monkeypatch.setattr(record_batches.BatchShards, "fetch", None)   # would hold all values
+    shards.lengths(np.arange(500))
+    read = []
+    whole = CorpusFiles._read_merged
+    monkeypatch.setattr(CorpusFiles, "_read_merged", lambda self, ranges: read.extend(
+        stop - start for _, start, stop in ranges) or whole(self, ranges))
+    order = np.random.default_rng(0).permutation(500)
+    assert np.array_equal(shards.cell_ids(order), cells.columns["cell_id"][order])
+    if codec is None:
+        assert sum(read) == 8 * 500
+    assert shards.cell_ids(np.empty(0, np.int64)).tolist() == []
+
+
 def test_neighbouring_record_batches_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_corpus(tmp_path, {"train": [random_cells([50] * 400)]}, max_batch_values=500)
     dataset = TokenDataset.open(in_memory(tmp_path))

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from data_pipeline.cells import SPLITS, TRAIN, VALID
 from scgpt.data.schema import CELL_ID, RaggedBatch, offsets_of
 
-PART_CELLS = 1 << 22   # cells of a part: 24 bytes each are held, some 200 where all of them are equal
+PART_CELLS = 1 << 22   # cells of a part, more where very many cells are equal
+EQUAL_BYTES = 150      # of memory a cell of a part where all of them equal another; 24 where none does
 DUPLICATE = "duplicate"   # the reason under which the ledger counts those that are left out
 _HIGH, _LOW, _SPLIT, _SHARD, _VALUES, _SUM = "high", "low", "split", "shard", "values", "sum"
 _TYPES = {_HIGH: np.uint64, _LOW: np.uint64, CELL_ID: np.uint64, _SPLIT: np.int8, _SHARD: np.uint32,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.cells import SPLITS, ObsReader, check_split_column
 from data_pipeline.config import CorpusConfig, SourceConfig
+from data_pipeline.duplicates import EQUAL_BYTES, PART_CELLS
 from data_pipeline.genes import GeneMap, map_source
 from data_pipeline.quarantine import Quarantined
 from data_pipeline.sources.base import Source, are_counts, describe_values
@@ -31,6 +32,7 @@ BLOCK_CELLS = 1 << 17           # and cells, where they have few values
 _VALUE_BYTES = 4                # the widest expression type: what a shard is planned with
 _CELL_BYTES = 24                # cell_id, two list offsets, a share of the batch headers
 _SCAN_CELLS = 1 << 20           # cells whose obs are looked at together
+_VALUE_S = 60e-9                # of one core for a value from gzip CSR to its shard, measured on a small cloud machine
 _DENSE_MARGIN = 1.25            # a dense matrix says only in its first rows how many values are zero
 
 
@@ -82,6 +84,7 @@ class PlannedSplit:
     cells: int
     values: int
     n_shards: int
+    n_bytes: int              # of the token files, uncompressed, with values of 4 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +111,16 @@ class Plan:
 
     @property
     def worker_bytes(self) -> int:
-        """What a worker holds at most: a block with its tokens, or a shard being merged, beside 400 MB of libraries."""
+        """What a worker holds at most beside 400 MB of libraries: a block and its tokens, a shard, a part of hashes."""
         block = max(block.values * (2 * self.sources[block.source].bytes_per_value + 24)
                     + 2 * self.sources[block.source].chunk_bytes for block in self.blocks)
-        return 400 * 10**6 + max(block, 3 * self.config.shards.max_bytes)
+        hashes = min(self.n_cells, PART_CELLS) * EQUAL_BYTES
+        return 400 * 10**6 + max(block, 3 * self.config.shards.max_bytes, hashes)
+
+    @property
+    def core_s(self) -> float:
+        """A guess at the seconds that the passes take one core; many cores share them, disks may be slower."""
+        return self.n_values * _VALUE_S
 
 
 def make_plan(config: CorpusConfig) -> Plan:
@@ -255,7 +264,7 @@ def _planned_split(cells: int, values: int, config: CorpusConfig, n_tokens: int)
     if config.shards.shuffle and shards > 1:
         spread = 6 / math.sqrt(max(cells / shards, 1))   # six standard deviations of a Poisson count
         shards = math.ceil(n_bytes * (1 + min(spread, 1.0)) / config.shards.max_bytes)
-    return PlannedSplit(cells, values, shards)
+    return PlannedSplit(cells, values, shards, n_bytes)
 
 
 def _check_names(sources: Sequence[SourcePlan]) -> None:

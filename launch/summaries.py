@@ -1,5 +1,8 @@
 """A plan and a corpus in words for people, and as plain values for programs."""
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+from launch.inspection import describe_duplicates
 
 if TYPE_CHECKING:
     from data_pipeline.plan import Plan
@@ -16,11 +19,16 @@ def plan_summary(plan: "Plan") -> dict[str, Any]:
         "values": plan.n_values,
         "blocks": len(plan.blocks),
         "worker_bytes": plan.worker_bytes,
-        "splits": {name: {"cells": split.cells, "values": split.values, "shards": split.n_shards}
+        "core_s": plan.core_s,
+        "cells_limits": _limits(plan),
+        "quarantined": [asdict(source) for source in plan.quarantined],
+        "splits": {name: {"cells": split.cells, "values": split.values, "shards": split.n_shards,
+                          "bytes": split.n_bytes}
                    for name, split in plan.splits.items()},
         "sources": [{"name": source.name, "file": str(source.path), "cells": source.n_cells, "values": source.n_values,
                      "layer": source.layer, "genes": len(source.genes.tokens), "genes_mapped": source.genes.n_mapped,
                      "gene_column": source.genes.column, "gene_style": source.genes.style,
+                     "filter": source.config.filter, "columns": dict(source.obs.own_name),
                      "remarks": list(source.remarks)}
                     for source in plan.sources],
     }
@@ -33,10 +41,32 @@ def describe_plan(plan: "Plan") -> str:
              f"{source.genes.n_mapped:,} of {len(source.genes.tokens):,} genes in the vocabulary "
              f"({source.genes.style} in {source.genes.column})" + "".join(f"; {remark}" for remark in source.remarks)
              for source in plan.sources]
-    splits = ", ".join(f"{name} at most {split.cells:,} cells with {split.values:,} values in {split.n_shards} shards"
-                       for name, split in plan.splits.items())
+    lines += [f"{source.name} would be left out: {source.reason}" for source in plan.quarantined]
+    lines += [f"of {source.name} the cells with {source.config.filter}" for source in plan.sources
+              if source.config.filter is not None]
+    lines.append("of all: " + ", ".join(f"{name} {value}" for name, value in _limits(plan).items()))
+    splits = ", ".join(f"{name} at most {split.cells:,} cells with {split.values:,} values in {split.n_shards} shards, "
+                       f"{_size(split.n_bytes)}" for name, split in plan.splits.items())
     total = f"{plan.n_cells:,} cells and {plan.n_values:,} values in {len(plan.blocks)} blocks of rows"
-    return "\n".join([*lines, f"{total}; {plan.worker_bytes / 1e9:.1f} GB a worker", splits])
+    work = f"{plan.worker_bytes / 1e9:.1f} GB a worker, about {_duration(plan.core_s)} of one core"
+    return "\n".join([*lines, f"{total}; {work}", splits])
+
+
+def _limits(plan: "Plan") -> dict[str, Any]:
+    """What is asked of every cell, without the limits that are not set."""
+    asked = plan.config.cells.model_dump(mode="json", exclude={"expression_kind", "duplicate_min_genes"})
+    return {name: value for name, value in asked.items() if value not in (None, False)}
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{max(seconds, 1.0):,.0f} s"
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.1f} MB"
 
 
 def corpus_summary(manifest: "Manifest") -> dict[str, Any]:
@@ -50,6 +80,8 @@ def corpus_summary(manifest: "Manifest") -> dict[str, Any]:
         "cells_kept": sum(source.cells_written for source in manifest.sources),
         "filtered": filtered,
         "splits": {name: {"cells": split.cells, "tokens": split.tokens} for name, split in manifest.splits.items()},
+        "duplicates": None if manifest.duplicates is None else manifest.duplicates.model_dump(),
+        "quarantined": [source.model_dump() for source in manifest.quarantined or []],
     }
 
 
@@ -58,7 +90,15 @@ def describe_corpus(summary: dict[str, Any]) -> str:
     splits = ", ".join(f"{name} {split['cells']:,} cells with {split['tokens']:,} gene values"
                        for name, split in summary["splits"].items())
     return (f"{summary['cells_kept']:,} of {summary['cells_in']:,} cells kept, filtered: {describe_filtered(summary)}; "
-            f"{splits}")
+            f"{splits}" + _remarks(summary))
+
+
+def _remarks(summary: dict[str, Any]) -> str:
+    """Equal cells that were kept, and sources that were left out: a line each, nothing where there are none."""
+    equal = summary.get("duplicates")
+    lines = [describe_duplicates(equal)] if equal is not None and equal["equal"] and not equal["removed"] else []
+    lines += [f"left out: {source['name']}: {source['reason']}" for source in summary.get("quarantined", [])]
+    return "".join(f"\n{line}" for line in lines)
 
 
 def describe_filtered(summary: dict[str, Any]) -> str:

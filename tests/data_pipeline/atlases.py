@@ -126,7 +126,7 @@ def build_here(config: CorpusConfig, out: Path, *, workers: Here | None = None, 
 def cells_of(corpus: Path) -> dict[tuple[str, int], dict[int, float]]:
     """Everything in a corpus: (source, source_row) -> token -> value."""
     found: dict[tuple[str, int], dict[int, float]] = {}
-    for split in TokenDataset.open(corpus).manifest.splits:
+    for split in Manifest.read(corpus).splits:
         dataset = TokenDataset.open(corpus, split)
         obs = dataset.obs(["source", "source_row"]).to_pylist()
         cells = dataset.fetch(np.arange(len(dataset)))

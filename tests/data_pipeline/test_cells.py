@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.cells import KEPT, REASONS, ObsReader, as_text, judge, own_name, splits_of_groups
+from data_pipeline.cells import (
+    KEPT,
+    REASONS,
+    ObsReader,
+    as_text,
+    groups_in_splits,
+    judge,
+    own_name,
+    splits_of_groups,
+)
 from data_pipeline.config import CellsConfig, SourceConfig, SplitsConfig
 from data_pipeline.genes import map_source
 from data_pipeline.sources import open_source
@@ -169,3 +178,25 @@ def test_numbers_and_truth_become_words() -> None:
     assert as_text(pa.array([1, None, 10])).to_pylist() == ["1", None, "10"]
     assert as_text(pa.array([True, False])).to_pylist() == ["True", "False"]
     assert as_text(pa.array([0.5, None])).to_pylist() == ["0.5", None]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.text("abc", min_size=1, max_size=3) | st.none(), min_size=1, max_size=30),
+       st.lists(st.text("abc", min_size=1, max_size=3) | st.none(), max_size=30), st.sampled_from(["donor", "dataset"]),
+       st.floats(0, 1), st.integers(0, 1 << 62))
+def test_adding_a_source_moves_no_cell_and_no_group(first: list[str | None], second: list[str | None], by: str,
+                                                    valid: float, seed: int) -> None:
+    config = SplitsConfig(valid=valid, by=by, seed=seed)  # type: ignore[arg-type]
+    alone = splits_of_groups(pa.array(first, pa.string()).dictionary_encode(), "first", config)
+    joined = pa.array([*second, *first], pa.string()).dictionary_encode()   # categories in another order, more of them
+    assert np.array_equal(splits_of_groups(joined, "first", config)[len(second):], alone)
+    other = splits_of_groups(pa.array(second, pa.string()).dictionary_encode(), "second", config)
+    of = {name: split for name, split in zip(first, alone.tolist(), strict=True) if name is not None}
+    assert all(of.get(name, split) == split for name, split in zip(second, other.tolist(), strict=True)
+               if name is not None)
+
+
+def test_groups_of_the_kept_cells_are_told_by_split() -> None:
+    groups = pa.array(["b", None, "a", "b", "c", None]).dictionary_encode()
+    splits, kept = np.array([0, 1, 0, 0, 1, 1], np.int8), np.array([True, True, True, True, False, True])
+    assert groups_in_splits(groups, splits, kept) == {"train": ["a", "b"], "valid": [None]}

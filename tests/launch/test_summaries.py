@@ -1,0 +1,40 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from launch import cli
+from launch.summaries import corpus_summary, describe_corpus
+from tests.data_pipeline.atlases import BLOOD, build_here, config_of
+
+
+def test_a_plan_tells_limits_memory_time_and_what_is_left_out(tmp_path: Path,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "corpus.yaml"
+    path.write_text(f"sources: [{{path: {BLOOD}, filter: 'phase == \"G1\"'}}, gone.h5ad]\non_error: skip\n"
+                    "cells: {max_value: 500, remove_duplicates: true}\n")
+    assert cli.main(["data", "plan", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert 'of blood-pbmc68k the cells with phase == "G1"' in text
+    assert "of all: min_genes 50, max_value 500.0, remove_duplicates True" in text
+    assert "gone would be left out: there is no such file (gone.h5ad)" in text
+    assert "GB a worker, about 1 s of one core" in text
+    assert "train at most" in text
+    assert cli.main(["data", "plan", str(path), "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["core_s"] > 0
+    assert value["splits"]["train"]["bytes"] > value["splits"]["valid"]["bytes"] > 0
+    assert value["sources"][0]["columns"]["donor"] == "donor"
+
+
+def test_a_corpus_says_which_cells_are_equal_and_which_source_is_missing(tmp_path: Path) -> None:
+    again = {"path": str(BLOOD), "name": "again"}
+    poor = config_of(BLOOD, again, tmp_path / "gone.h5ad", on_error="skip", splits={"valid": 0.5})
+    text = describe_corpus(corpus_summary(build_here(poor, tmp_path / "poor")))
+    lines = text.splitlines()
+    assert "700 cells equal an earlier one, " in lines[1]
+    assert lines[2] == "left out: gone: there is no such file (gone.h5ad)"
+    tidy = config_of(BLOOD, again, cells={"remove_duplicates": True})
+    text = describe_corpus(corpus_summary(build_here(tidy, tmp_path / "tidy")))
+    assert "700 of 1,400 cells kept, filtered: 700 duplicate" in text
+    assert "\n" not in text

@@ -250,8 +250,12 @@ class Location:
 
     def _system(self) -> tuple[Any, str]:
         """The file system of a URL with nothing remembered of earlier looks, and the path in it."""
+        from fsspec import available_protocols
         from fsspec.core import url_to_fs
 
+        if self.scheme not in available_protocols():
+            raise ConfigError(f"no storage is known as {self.scheme}://", where=str(self),
+                              fix="give a path, or a URL that fsspec opens, such as s3://BUCKET/NAME")
         options = {"anon": True, "client_kwargs": {"region_name": "us-west-2"}} if self.url.startswith(CENSUS) else {}
         system, path = url_to_fs(self.url, **options)
         system.invalidate_cache()
@@ -271,7 +275,8 @@ class Location:
             raise SourceError("there is no such file", where=where, fix=fix) from error
         except ImportError as error:
             raise ConfigError(f"{self.scheme}:// needs a package that is not installed: {error}", where=str(self),
-                              fix="install it; for s3://, in a clone: pip install '.[remote]'") from error
+                              fix="in a clone: pip install '.[remote]'" if self.scheme in ("s3", *_HTTP) else
+                                  "install it beside fsspec") from error
         except Exception as error:
             raise SourceError(f"cannot be read: {self.cause(error)}", where=str(self),
                               fix="check the address, the credentials and the network" if self.is_remote else

@@ -24,6 +24,17 @@ def test_a_bare_path_is_a_source_beside_the_file(tmp_path: Path) -> None:
     assert (config.sources[0].name, config.sources[1].name, config.sources[1].layer) == (None, "lung", "raw")
 
 
+def test_a_url_is_kept_as_it_is_written_and_its_folder_is_not_published(tmp_path: Path) -> None:
+    config = load(written(tmp_path, "sources: ['s3://lake//deep/a.h5ad', {path: 'https://host/b.h5ad?key=s3cret'}]"))
+    assert [source.path for source in config.sources] == ["s3://lake//deep/a.h5ad", "https://host/b.h5ad?key=s3cret"]
+    assert [source["path"] for source in config.portable()["sources"]] == ["a.h5ad", "b.h5ad"]
+
+
+def test_a_kind_that_there_is_not_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sources.0.kind.*choose auto, h5ad, zarr"):
+        load(written(tmp_path, "sources: [{path: a, kind: h5da}]"))
+
+
 def test_the_keys_that_scripts_rely_on_have_these_defaults(tmp_path: Path) -> None:
     config = load(written(tmp_path, "sources: [a.h5ad]"))
     values = config.model_dump(mode="json")

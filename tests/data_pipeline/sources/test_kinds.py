@@ -1,0 +1,39 @@
+import importlib
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.sources import Location
+from data_pipeline.sources.base import Source
+from data_pipeline.sources.kinds import KINDS, kind_of
+from scgpt.errors import SourceError
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("a.h5ad", "h5ad"), ("A.H5AD", "h5ad"), ("a.zarr", "zarr"), ("a.zarr.zip", "zarr"), ("a.h5", "10x_h5"),
+    ("a.parquet", "lists"), ("a.scb", "scbank"), ("a.soma", "soma")])
+def test_a_name_tells_the_kind(tmp_path: Path, name: str, kind: str) -> None:
+    assert kind_of(Location.of(tmp_path / name)) == kind
+
+
+@pytest.mark.parametrize(("held", "kind"), [
+    ("zarr.json", "zarr"), (".zgroup", "zarr"), ("matrix.mtx.gz", "10x_mtx"), ("GSM1_matrix.mtx", "10x_mtx"),
+    ("__tiledb_group.tdb", "soma"), ("gene_vocab.json", "scbank"), ("part-0.parquet", "lists")])
+def test_what_a_folder_holds_tells_its_kind(tmp_path: Path, held: str, kind: str) -> None:
+    (tmp_path / held).touch()
+    assert kind_of(Location.of(tmp_path)) == kind
+
+
+def test_a_folder_of_atlases_is_told_how_to_name_them(tmp_path: Path) -> None:
+    (tmp_path / "a.h5ad").touch()
+    with pytest.raises(SourceError, match=r"names no kind of atlas.*for all atlases in it: .*/\*\.h5ad"):
+        kind_of(Location.of(tmp_path))
+    with pytest.raises(SourceError, match="suffix '.txt' names no kind"):
+        kind_of(Location.of(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_a_reader(kind: str) -> None:
+    module, _, name = KINDS[kind].reader.partition(":")
+    assert issubclass(getattr(importlib.import_module(f"data_pipeline.sources.{module}"), name), Source)
+    assert KINDS[kind].suffixes or KINDS[kind].holds

@@ -6,13 +6,14 @@
 #   make test        every test that is neither slow nor needs a GPU      make test-slow   the others (FULL=1: the longest too)
 #   make check       ruff, types, import direction                        make format      what ruff can mend
 #   make bench       the demo's stages, timed                             make gpu-check   training and release on a GPU
+#   make bench-data  h5ad to corpus, beside other tools
 #   make bench-loader  batches from disk, beside plain NumPy              make bench-model  a step, packed beside padded
 #   make install     .venv with everything                                make clean       remove out/ and caches
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format bench bench-loader bench-model gpu-check clean
+.PHONY: help install demo test test-slow check format bench bench-data bench-loader bench-model gpu-check clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -52,7 +53,7 @@ PRIVATE = export HOME="$(CACHE)/home" XDG_CONFIG_HOME="$(CACHE)/config"; mkdir -
 	TMPDIR="$$(mktemp -d "$${TMPDIR:-/tmp}/scgpt-XXXXXX")"; export TMPDIR; trap 'rm -rf "$$TMPDIR"' EXIT;
 
 help:
-	@sed -n '5,10s/^# //p' Makefile
+	@sed -n '5,11s/^# //p' Makefile
 
 install: $(STAMP)
 
@@ -82,6 +83,9 @@ format: install
 
 bench: install
 	@$(PRIVATE) $(PY) -m launch.demo --out out/bench --fresh $(ARGS)
+
+bench-data: install
+	@$(PRIVATE) $(PY) benchmarks/data.py $(ARGS)
 
 bench-loader: install
 	@$(PRIVATE) $(PY) benchmarks/loader.py $(ARGS)

@@ -22,7 +22,7 @@ from data_pipeline.sources.location import Location
 from data_pipeline.sources.rechunk import cut_by_rows, read_block, select_rows
 from scgpt.errors import ConfigError, SourceError
 
-SCAN_VALUES = 1 << 22   # stored values of a CSC matrix in memory at once while a block is gathered
+SCAN_VALUES = 1 << 20   # stored values of a CSC matrix in memory at once while it is cut: some 70 bytes each
 MAX_CHUNK_BYTES = 1 << 30   # of a decoded chunk of a matrix: a worker holds it whole, however few rows it wants
 
 

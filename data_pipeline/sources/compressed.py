@@ -37,8 +37,9 @@ class StoredMatrix:
 
     @property
     def bytes_per_value(self) -> int:
-        """Bytes of a value and its index."""
-        return int(self.data.dtype.itemsize + self.indices.dtype.itemsize)
+        """Bytes of a value and its index in memory; those of CSC are cut into entries of int64 rows, int32 columns."""
+        index = 12 if self.minor == "row" else self.indices.dtype.itemsize
+        return int(self.data.dtype.itemsize + index)
 
     def offsets(self, first: int, last: int) -> NDArray[np.int64]:
         """Where the rows (CSC: columns) first .. last begin, (last - first + 1,)."""

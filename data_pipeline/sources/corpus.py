@@ -36,7 +36,7 @@ class Corpus(Source):
         self.n_cells, self.n_genes = int(self._before[-1]), self.genes.n_genes
         with reading(path, "what is known of the cells"):
             files = tuple(path / part.obs.file for split in manifest.splits.values() for part in split.parts)
-            self._obs: Table = open_table(files, None, "".join(file.state() for file in files))
+            self._obs: Table = open_table(files, None, path.state())
             if self._obs.n_rows != self.n_cells:
                 raise ValueError(f"{self._obs.n_rows} rows for {self.n_cells} cells")
 

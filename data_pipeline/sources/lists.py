@@ -38,7 +38,7 @@ class ListTable(Source):
         self.genes = GeneTable.read(gene_table)
         self.n_genes = self.genes.n_genes
         with reading(path, "header"):
-            self.table: Table = open_table(tuple(files), GENES, "".join(file.state() for file in files))
+            self.table: Table = open_table(tuple(files), GENES, path.state())
             self.n_cells = self.table.n_rows
             for column in (GENES, EXPRESSIONS):
                 _check_lists(self.table.schema, column)

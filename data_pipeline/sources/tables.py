@@ -82,7 +82,7 @@ def open_table(files: tuple[Location, ...], column: str | None, state: str) -> T
     Args:
         files: all Parquet or all Arrow IPC.
         column: the list column whose entries are counted; None, for Parquet alone: none is.
-        state: of the files; another state is another table.
+        state: of all of them together; another state is another table.
 
     Raises ValueError (pyarrow's are) where a file is not what its name says, not whole, or has other columns.
     """

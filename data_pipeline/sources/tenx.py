@@ -25,7 +25,7 @@ from scgpt.errors import ConfigError, SourceError
 
 BARCODE = "barcode"                      # the only thing that the format knows of a cell
 GENE_IDS = "gene_ids"
-_EXPRESSION = "Gene Expression"          # the feature type that is read
+EXPRESSION = "Gene Expression"          # the feature type that is read
 _HUMAN = re.compile(r"(?:.*[-_])?(?:grch\d+|hg\d+|b37|t2t|chm13|human|homo_sapiens)(?:[-_.].*)?", re.IGNORECASE)
 _V2_PARTS = {"barcodes", "data", "genes", "gene_names", "indices", "indptr", "shape"}
 _V3_GROUP = "matrix"
@@ -63,7 +63,7 @@ class Features:
             raise ValueError("names, types or genomes of features of unequal number")
         kept = np.ones(n_features, bool)
         left_out: Counter[str] = Counter()
-        for values, wanted in ((types, _EXPRESSION), (genomes, genome)):
+        for values, wanted in ((types, EXPRESSION), (genomes, genome)):
             if values and wanted is not None:
                 others = np.array([value != wanted for value in values])
                 left_out.update(values[place] for place in np.flatnonzero(kept & others).tolist())
@@ -198,8 +198,8 @@ def _genomes_of(group: h5py.Group) -> list[str]:
     if "genome" not in features or not features["genome"].shape:
         return [X]
     genomes = _words(features["genome"][:])
-    types = _words(features["feature_type"][:]) if "feature_type" in features else [_EXPRESSION] * len(genomes)
-    present = dict.fromkeys(genome for genome, kind in zip(genomes, types, strict=True) if kind == _EXPRESSION)
+    types = _words(features["feature_type"][:]) if "feature_type" in features else [EXPRESSION] * len(genomes)
+    present = dict.fromkeys(genome for genome, kind in zip(genomes, types, strict=True) if kind == EXPRESSION)
     return list(present) or [X]
 
 

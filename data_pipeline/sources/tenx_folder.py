@@ -22,7 +22,7 @@ from data_pipeline.sources.faults import reading
 from data_pipeline.sources.location import Location
 from data_pipeline.sources.matrix_market import PIECE_BYTES, read_entries, read_header
 from data_pipeline.sources.rechunk import Entries, cut_by_rows, read_block, select_rows
-from data_pipeline.sources.tenx import GENE_IDS, Features, TenxSource, check_sizes
+from data_pipeline.sources.tenx import EXPRESSION, GENE_IDS, Features, TenxSource, check_sizes
 from scgpt.errors import ConfigError, SourceError
 
 
@@ -121,7 +121,8 @@ def _text_features(path: Location) -> Features:
         raise ValueError("it lists no genes")
     ids = [line[0] for line in lines]
     names = {INDEX: [line[1] for line in lines] if width > 1 else ids, GENE_IDS: ids}
-    return Features.choose(names, [line[2] for line in lines] if width > 2 else [], [], None)
+    types = [line[2] for line in lines] if width > 2 else []
+    return Features.choose(names, types if EXPRESSION in types else [], [], None)   # else a column of somebody's own
 
 
 def _members(folder: Location) -> tuple[Location, Location, Location]:

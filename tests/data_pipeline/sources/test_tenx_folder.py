@@ -63,6 +63,11 @@ def test_only_gene_expression_is_read(tmp_path: Path) -> None:
         assert source.remarks() == ["3 features of 'Multiplexing Capture' are left out"]
 
 
+def test_a_third_column_of_something_else_leaves_no_gene_out(tmp_path: Path) -> None:
+    with open_source(write_tenx_folder(tmp_path / "m", COUNTS, types=["chr1"] * 40)) as source:
+        assert (source.n_genes, source.remarks()) == (40, [])
+
+
 @pytest.mark.parametrize("block_values", [200, 1 << 22])
 def test_a_build_has_the_cells_of_the_same_h5ad(tmp_path: Path, block_values: int,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:

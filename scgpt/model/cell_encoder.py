@@ -19,7 +19,19 @@ from scgpt.model.packed import PackedTensors
 _NORM_EPS = 6.1e-5  # of the batch norms: about the smallest normal float16, as upstream
 
 
-class CellEncoder(nn.Module):
+class KeepsGeneEmbeddings(nn.Module):
+    """A model that keeps the gene embeddings of its last padded batch, which upstream's MVC reads from there.
+
+    Copies and pickles go without: the tensor hangs on a graph, which cannot be copied.
+    """
+
+    cur_gene_token_embs: Tensor  # (batch, seq, d_model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "cur_gene_token_embs"}
+
+
+class CellEncoder(KeepsGeneEmbeddings):
     """The part of a model that knows how a batch is laid out. Arguments as TransformerModel's."""
 
     def __init__(self, ntoken: int, d_model: int, nhead: int, d_hid: int, nlayers: int, *, padding_idx: int,
@@ -28,7 +40,6 @@ class CellEncoder(nn.Module):
                  backend: str | None, pre_norm: bool, generative: bool, attention_dropout: float | None,
                  attention_backend: str) -> None:
         super().__init__()
-        self.cur_gene_token_embs: Tensor  # (batch, seq, d_model) of the last padded batch
         self.d_model, self.input_emb_style = d_model, input_emb_style
         self.use_batch_labels, self.domain_spec_batchnorm = use_batch_labels, domain_spec_batchnorm
         self.norm_scheme = "pre" if pre_norm else "post"
@@ -49,10 +60,6 @@ class CellEncoder(nn.Module):
             attention_dropout=attention_dropout, attention_backend=attention_backend)
         if generative and isinstance(self.transformer_encoder, FastTransformerEncoderWrapper):
             raise ValueError("generative training needs softmax attention: use fast_transformer_backend='flash'")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave out what the last batch left behind: it hangs on a graph that cannot be copied."""
-        return {name: value for name, value in self.__dict__.items() if name != "cur_gene_token_embs"}
 
     def _embed(self, src: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor]:
         """(...) ids and values -> layer input and gene embeddings, (..., d_model) each; no values: gene alone."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scgpt.loss import elastic_cell_similarity
+from scgpt.model.cell_encoder import KeepsGeneEmbeddings
 from scgpt.model.decoders import AffineExprDecoder, ClsDecoder, MVCDecoder, Similarity
 from scgpt.model.encoders import ContinuousValueEncoder, GeneEncoder, PositionalEncoding
 from scgpt.model.heads import POOLING_STYLES, Hidden, decode_mvc, mean_nonzero, pool, sampled
@@ -22,7 +23,7 @@ __all__ = ["AffineExprDecoder", "ClsDecoder", "GeneEncoder", "PositionalEncoding
            "generate_square_subsequent_mask"]
 
 
-class TransformerGenerator(nn.Module):
+class TransformerGenerator(KeepsGeneEmbeddings):
     """The perturbation model. Parameters, defaults and state-dict names are upstream's; ours are keyword-only.
 
     `domain_spec_batchnorm` and `CCE` have no effect, as upstream. Arguments as TransformerModel's, and:
@@ -114,7 +115,8 @@ class TransformerGenerator(nn.Module):
         elif values is None or input_pert_flags is None:
             raise ValueError("padded input needs src, values and input_pert_flags")
         else:
-            hidden, raw = self._encode_padded(src, values, input_pert_flags, src_key_padding_mask), values
+            encoded, raw = self._encode(src, self._binned(values), input_pert_flags, src_key_padding_mask), values
+            hidden = Hidden(encoded, self.cur_gene_token_embs, None)
         decoded = self._decode(hidden, raw, positions)
         output = {"mlm_output": sampled(decoded, do_sample=do_sample)}
         if self.explicit_zero_prob:
@@ -133,11 +135,9 @@ class TransformerGenerator(nn.Module):
             output["loss_ecs"] = elastic_cell_similarity(cell_emb, self.ecs_threshold)
         return output
 
-    def _encode_padded(self, src: Tensor, values: Tensor, flags: Tensor, mask: Tensor | None) -> Hidden:
-        encoded = _binned(list(values), self.n_input_bins).view_as(values) if self.n_input_bins else values
-        genes = self.encoder(src)
-        embs = genes + self.value_encoder(encoded) + self.pert_encoder(flags)
-        return Hidden(run_encoder(self.transformer_encoder, embs, padded_layout(embs, mask), None), genes, None)
+    def _binned(self, values: Tensor) -> Tensor:
+        """What is encoded of padded rows."""
+        return _binned(list(values), self.n_input_bins).view_as(values) if self.n_input_bins else values
 
     def _encode_packed(self, packed: PackedTensors) -> Hidden:
         if packed.pert_flags is None:
@@ -151,8 +151,10 @@ class TransformerGenerator(nn.Module):
 
     def _encode(self, src: Tensor, values: Tensor, input_pert_flags: Tensor,
                 src_key_padding_mask: Tensor | None) -> Tensor:
-        """Hidden vectors (batch, seq, d_model) of padded cells, as upstream."""
-        return self._encode_padded(src, values, input_pert_flags, src_key_padding_mask).output
+        """Hidden vectors (batch, seq, d_model) of padded cells, values as they are encoded; keeps gene embeddings."""
+        genes = self.cur_gene_token_embs = self.encoder(src)
+        embs = genes + self.value_encoder(values) + self.pert_encoder(input_pert_flags)
+        return run_encoder(self.transformer_encoder, embs, padded_layout(embs, src_key_padding_mask), None)
 
     def _get_cell_emb_from_layer(self, layer_output: Tensor, weights: Tensor | None = None) -> Tensor:
         """Cell embeddings (batch, d_model) of hidden vectors (batch, seq, d_model), as upstream."""
@@ -173,7 +175,8 @@ class TransformerGenerator(nn.Module):
         """
         device = next(self.parameters()).device
         flags = torch.zeros_like(src) if input_pert_flags is None else input_pert_flags
-        batches = zip(*(x.split(batch_size) for x in (src, values, flags, src_key_padding_mask)), strict=True)
+        inputs = (src, self._binned(values), flags, src_key_padding_mask)
+        batches = zip(*(x.split(batch_size) for x in inputs), strict=True)
         parts = [self._encode(*(x.to(device) for x in batch)).detach().float() for batch in batches]
         return torch.cat([part.cpu() if output_to_cpu else part for part in parts])
 

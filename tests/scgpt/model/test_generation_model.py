@@ -1,4 +1,5 @@
 """TransformerGenerator beyond the golden vectors: packed equals padded, what upstream cannot run."""
+import copy
 import types
 from dataclasses import replace
 
@@ -107,3 +108,19 @@ def test_refusals_say_why():
         build(decoder_activation="Nothing")
     with pytest.raises(ValueError, match="cell_emb_style"):
         build(cell_emb_style="max")
+
+
+def test_a_subclass_can_replace_how_cells_are_encoded_and_a_training_model_can_be_copied():
+    class Louder(TransformerGenerator):
+        def _encode(self, *args, **kwargs):
+            return 2 * super()._encode(*args, **kwargs)
+
+    model, (genes, values, mask) = build(), padded(cells([3, 2]), 0)
+    batch = genes, values, torch.zeros_like(genes), mask
+    louder = Louder(N_TOKENS, 16, 2, 12, 2, 2, 4, VOCAB, dropout=0.0, pad_value=0, use_fast_transformer=True).double()
+    louder.load_state_dict({name: x for name, x in model.state_dict().items() if not name.startswith("mvc")})
+    torch.testing.assert_close(louder(*batch)["mlm_output"], model.decoder(2 * model._encode(*batch), values)["pred"])
+    want = model(*batch, MVC=True)
+    assert torch.equal(copy.deepcopy(model)(*batch, MVC=True)["mvc_output"], want["mvc_output"])
+    cell_emb = model._get_cell_emb_from_layer(model._encode(*batch))
+    torch.testing.assert_close(model.mvc_decoder(cell_emb, model.cur_gene_token_embs)["pred"], want["mvc_output"])

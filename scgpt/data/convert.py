@@ -4,6 +4,7 @@ The metadata files are copied byte for byte, and they carry the borders of the A
 converted to Zarr and back has the bytes that it had. The source may lie behind a URL; the result is a folder.
 """
 import hashlib
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -41,15 +42,24 @@ def convert(corpus: Path | str, out: Path, config: ConvertConfig) -> Manifest:
     files.remove_abandoned(out)
     source = CorpusFiles(corpus)
     manifest = verify_corpus(corpus)
-    with files.publish(out) as temporary:
-        temporary.mkdir(parents=True)
-        (temporary / VOCAB).write_bytes(source.read(VOCAB))
-        splits = {name: _convert_split(source, name, entry, temporary, config, manifest)
-                  for name, entry in manifest.splits.items()}
-        shards = {**manifest.config.get("shards", {}), "compression": config.compression,
-                  "form": config.form or next(iter(manifest.splits.values())).form}
-        made = manifest.model_copy(update={"splits": splits, "config": {**manifest.config, "shards": shards}})
-        made.write(temporary)
+    try:
+        with files.publish(out) as temporary:
+            return _write(source, manifest, temporary, config)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise DataError(f"the corpus cannot be written: {reason}", where=str(out),
+                        fix="make room or mend the disk, then convert again: nothing was left") from error
+
+
+def _write(source: CorpusFiles, manifest: Manifest, out: Path, config: ConvertConfig) -> Manifest:
+    out.mkdir(parents=True)
+    (out / VOCAB).write_bytes(source.read(VOCAB))
+    splits = {name: _convert_split(source, name, entry, out, config, manifest)
+              for name, entry in manifest.splits.items()}
+    shards = {**manifest.config.get("shards", {}), "compression": config.compression,
+              "form": config.form or next(iter(manifest.splits.values())).form}
+    made = manifest.model_copy(update={"splits": splits, "config": {**manifest.config, "shards": shards}})
+    made.write(out)
     return made
 
 

@@ -159,6 +159,8 @@ class CorpusFiles:
             raise
         except FileNotFoundError as error:
             what = f"the file '{name}' is missing" if name else f"a file is missing: {error}"
+            if error.__cause__ is not None:   # a web server that does not answer is "not found" to fsspec
+                what += f" or cannot be reached ({_PASSWORD.sub('//', str(error.__cause__))})"
             raise DataError(what, where=self.where(), fix=RESTORE) from error
         except Exception as error:   # each remote file system has errors of its own, few of them OSError
             if self.folder is not None and not isinstance(error, OSError):

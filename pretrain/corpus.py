@@ -1,10 +1,11 @@
 """What a run learns from: one corpus, or a mixture of several with one vocabulary."""
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pretrain.config import MixtureConfig, TrainConfig
+from pretrain.labels import NO_LABELS, Labels, read_labels
 from pretrain.mixture import Mixture
 from scgpt.data import Manifest, TokenDataset
 from scgpt.errors import ConfigError
@@ -22,6 +23,9 @@ class Corpus:
     manifests: tuple[Manifest, ...]
     weights: tuple[float, ...]             # of a mixture; (1.0,) for one corpus
     where: str                             # folders or URLs, as told to the user
+    train_labels: Labels = NO_LABELS       # classes and batches of the cells, where they are asked for
+    valid_labels: Labels = NO_LABELS
+    label_values: dict[str, list[str]] = field(default_factory=dict)   # column -> what its codes number
 
     @classmethod
     def open(cls, config: TrainConfig) -> "Corpus":
@@ -48,8 +52,10 @@ class Corpus:
             raise ConfigError(f"the corpus's vocabulary lacks {' and '.join(missing)}", where=where,
                               fix="build the corpus with a vocabulary that holds them")
         weights = tuple(part.weight for part in parts)
-        return cls(_joined(train, weights), _joined(valid, (1.0,) * len(valid)) if valid else None, vocab,
-                   tuple(dataset.manifest for dataset in train), weights, where)
+        splits = [_joined(train, weights), *([_joined(valid, (1.0,) * len(valid))] if valid else [])]
+        labels, values = read_labels(config, splits)
+        return cls(splits[0], splits[1] if valid else None, vocab, tuple(dataset.manifest for dataset in train),
+                   weights, where, labels[0], labels[-1], values)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint and a release say of it. `sha256` is that of the manifest; of a mixture, over all of it."""
@@ -64,6 +70,8 @@ class Corpus:
                             for name in names},
                  "sources": [{"name": source.name, "cells_in": source.cells_in, "cells_written": source.cells_written}
                              for manifest in self.manifests for source in manifest.sources]}
+        if self.label_values:
+            facts["labels"] = self.label_values
         if len(digests) > 1:
             facts["mixture"] = [{"sha256": digest, "weight": weight, "cells": manifest.splits["train"].cells}
                                 for digest, weight, manifest in zip(digests, self.weights, self.manifests, strict=True)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.labels import NO_LABELS, Labels
 from pretrain.mixture import Mixture
 from pretrain.order import Blocks, global_batch, in_order
 from pretrain.partition import micro_batches, of_rank
@@ -76,6 +77,7 @@ class Loader:
         rank, world_size: whose micro-batches.
         workers: threads that prepare steps ahead; 0: none.
         blocks: read blocks of neighbours, see `order.permute_in_blocks`; None: every cell on its own.
+        labels: classes and batches of all cells, which the micro-batches carry along.
         evaluation: one pass in stored order, with the draws of epoch 0, instead of endless shuffled epochs.
 
     Raises ConfigError when the sizes do not fit each other.
@@ -83,7 +85,7 @@ class Loader:
 
     def __init__(self, cells: Cells, collate_config: CollateConfig, *, cls_id: int, seed: int, global_batch_size: int,
                  micro_batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 2,
-                 blocks: Blocks | None = None, evaluation: bool = False) -> None:
+                 blocks: Blocks | None = None, labels: Labels = NO_LABELS, evaluation: bool = False) -> None:
         share = micro_batch_size * world_size
         if not evaluation and global_batch_size % share:
             raise ConfigError(f"batch.global_batch_size {global_batch_size} is no multiple of batch.micro_batch_size "
@@ -92,14 +94,16 @@ class Loader:
         self.cells, self.collate_config, self.cls_id, self.seed = cells, collate_config, cls_id, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size, self.workers = rank, world_size, workers
-        self.blocks, self.evaluation = blocks, evaluation
+        self.blocks, self.labels, self.evaluation = blocks, labels, evaluation
 
     @classmethod
-    def of_run(cls, config: "TrainConfig", cells: Cells, vocab: "GeneVocab", *, rank: int, world_size: int) -> "Loader":
+    def of_run(cls, config: "TrainConfig", cells: Cells, vocab: "GeneVocab", *, rank: int, world_size: int,
+               labels: Labels = NO_LABELS) -> "Loader":
         """The loader of a rank of a training."""
         return cls(cells, config.collate_config(), cls_id=vocab[CLS], seed=config.train.seed,
                    global_batch_size=config.batch.global_batch_size, micro_batch_size=config.batch.micro_batch_size,
-                   rank=rank, world_size=world_size, workers=config.data.workers, blocks=config.data.blocks)
+                   rank=rank, world_size=world_size, workers=config.data.workers, blocks=config.data.blocks,
+                   labels=labels)
 
     @property
     def n_steps(self) -> int:
@@ -131,7 +135,8 @@ class Loader:
 
     def _collate(self, indices: NDArray[np.int64], epochs: NDArray[np.int64]) -> PackedBatch:
         cells = self.cells.fetch(indices)
-        return collate(cells, self.collate_config, cls_id=self.cls_id, seed=self.seed, epochs=epochs)
+        batch = collate(cells, self.collate_config, cls_id=self.cls_id, seed=self.seed, epochs=epochs)
+        return self.labels.attach(batch, indices)
 
 
 @dataclass(frozen=True, slots=True)

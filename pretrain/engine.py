@@ -185,6 +185,13 @@ class Engine:
         finally:
             self.deepspeed.train()
 
+    @torch.no_grad()
+    def average_statistics(self) -> None:
+        """Give every rank the mean of the ranks' batch-norm statistics. All ranks call it; free without batch norm."""
+        for buffer in self.deepspeed.module.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(self.world.sum(buffer.float()) / self.world.world_size)
+
     def _sums(self, batch: BatchTensors, step: int | None) -> LossSums:
         inputs = replace(batch.inputs, values=batch.inputs.values.to(self._dtype))
         return self.objective.sums(self.deepspeed, replace(batch, inputs=inputs), step=step)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pretrain.config import TrainConfig
 from pretrain.data import Cells, Loader, to_tensors
 from pretrain.engine import Engine
+from pretrain.labels import NO_LABELS, Labels
 from pretrain.world import World
 from scgpt.collate import PackedBatch, collate
 
@@ -30,6 +31,7 @@ class HeldOut:
     config: TrainConfig
     cls_id: int
     world: World
+    labels: Labels = NO_LABELS
 
     def loss(self, engine: Engine) -> dict[str, float]:
         """Means over all hidden values (or cells): `loss`, its terms, `mre`. All ranks call it, all get the same.
@@ -94,7 +96,8 @@ class HeldOut:
         batch = self.config.batch
         return Loader(self.cells, self.config.collate_config(), cls_id=self.cls_id, seed=EVALUATION_SEED,
                       global_batch_size=batch.global_batch_size, micro_batch_size=batch.micro_batch_size, rank=rank,
-                      world_size=self.world.world_size, workers=self.config.data.workers, evaluation=True)
+                      world_size=self.world.world_size, workers=self.config.data.workers, labels=self.labels,
+                      evaluation=True)
 
     def _gene_means(self, train_cells: Cells, n_tokens: int) -> NDArray[np.float64]:
         """(n_tokens,): each rank adds up its share of the cells."""

@@ -65,9 +65,10 @@ class Training:
         self.config, self.world, self.interruption = config, world, interruption
         self.state, self.log, self.total_steps, self.checkpoints = run.state, run.log, run.total_steps, run.checkpoints
         self.engine = Engine(config, corpus.vocab, world)
-        self.loader = Loader.of_run(config, corpus.train, corpus.vocab, rank=world.rank, world_size=world.world_size)
-        self.held_out = (HeldOut(corpus.valid, config, corpus.vocab[CLS], world) if corpus.valid is not None
-                         else None)
+        self.loader = Loader.of_run(config, corpus.train, corpus.vocab, rank=world.rank, world_size=world.world_size,
+                                    labels=corpus.train_labels)
+        self.held_out = (HeldOut(corpus.valid, config, corpus.vocab[CLS], world, corpus.valid_labels)
+                         if corpus.valid is not None else None)
         self.window = Window(self.state.window, self.engine.objective)
         if self.state.step:
             checkpoint.load(self.engine, self.checkpoints, self.state, world)
@@ -144,6 +145,7 @@ class Training:
         if self.held_out is None:
             return
         started = time.perf_counter()
+        self.engine.average_statistics()
         means = self.held_out.loss(self.engine)
         self.state.last_valid = {"step": self.state.step, **means}
         if self.state.step and (self.state.best_loss is None or means["loss_expression"] < self.state.best_loss):
@@ -156,6 +158,7 @@ class Training:
     def _save(self) -> None:
         started = time.perf_counter()
         self.state.window = self.window.reduced(self.world)
+        self.engine.average_statistics()
         checkpoint.save(self.engine, self.checkpoints, self.state, self.world, keep_last=self.config.train.keep_last)
         seconds = time.perf_counter() - started
         self.window.exclude(seconds)

@@ -18,7 +18,6 @@ from pretrain.engine import Engine
 from pretrain.schedule import learning_rate
 from pretrain.world import World, join_world
 from scgpt.config import load_config
-from scgpt.vocab import CLS
 
 
 def main(cases: Path) -> None:
@@ -48,9 +47,8 @@ def run(config: TrainConfig, steps: int, world: World) -> dict[str, dict[str, to
         update()
 
     engine.deepspeed.step = step
-    loader = Loader(corpus.train, config.collate_config(), cls_id=corpus.vocab[CLS], seed=config.train.seed,
-                    global_batch_size=config.batch.global_batch_size, micro_batch_size=config.batch.micro_batch_size,
-                    rank=world.rank, world_size=world.world_size, workers=0)
+    loader = Loader.of_run(config, corpus.train, corpus.vocab, rank=world.rank, world_size=world.world_size,
+                           labels=corpus.train_labels)
     for number in range(steps):
         part = loader.load(number)
         counts = world.sum(torch.tensor(engine.objective.counts(part.micro_batches, step=number))).tolist()

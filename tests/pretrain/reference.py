@@ -34,7 +34,7 @@ def plain_loop(config: TrainConfig, steps: int, *, rounded: bool = False) -> dic
                                   betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay)
     loader = Loader(corpus.train, config.collate_config(), cls_id=corpus.vocab[CLS], seed=config.train.seed,
                     global_batch_size=config.batch.global_batch_size, micro_batch_size=config.batch.global_batch_size,
-                    workers=0)
+                    workers=0, labels=corpus.train_labels)
     first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for step in range(steps):
         (packed,) = loader.load(step).micro_batches

@@ -39,6 +39,12 @@ FEW = {1: [(0, 4, "fp32"), (0, 1, "bf16"), (1, 1, "fp32"), (2, 4, "bf16"), (3, 1
 FEW_GENERATIVE = {1: [(0, 1, "fp32"), (2, 4, "bf16")], 2: [(1, 1, "bf16"), (2, 4, "bf16"), (3, 4, "fp32")]}
 GENERATIVE = ("model.generative=true", "objective.task=both", "objective.mask_ratio=[0.25, 0.5, 0.75]",
               "objective.cell_prompt_after=1")   # two forward passes from the second step on
+# Contrast is with the cells that are computed at the same time: the whole batch without accumulation. Float32 alone:
+# bfloat16's own rounding is 4 to 9 % of these gradients, on one rank without contrast too.
+FEW_OTHER_TERMS = {1: [(1, 1, "fp32")], 2: [(0, 1, "fp32"), (2, 1, "fp32"), (3, 1, "fp32")]}
+OTHER_TERMS = ("data.class_column=donor", "model.n_cls=3", "objective.weights.cls=50", "data.batch_column=source",
+               "model.n_batch_labels=2", "model.dab=true", "objective.weights.dab=50", "model.use_batch_labels=true",
+               "model.explicit_zero_prob=true", "objective.weights.zero_prob=50", "objective.weights.cce=500")
 ALL = list(itertools.product(range(4), (1, 4), ("fp32", "bf16")))
 # Of what the whole gradient, or the whole way of the weights, measures; per tensor of its own size and a hundredth of
 # the whole. A micro-batch that is lost or counted twice shows as 0.2 or more.
@@ -73,10 +79,12 @@ def run_gate(corpus: Path, folder: Path, ranks: int, cases: list[tuple[int, int,
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("settings", "few"), [((), FEW), (GENERATIVE, FEW_GENERATIVE)], ids=["masked", "generative"])
+@pytest.mark.parametrize(("settings", "few"), [((), FEW), (GENERATIVE, FEW_GENERATIVE), (OTHER_TERMS, FEW_OTHER_TERMS)],
+                         ids=["masked", "generative", "other-terms"])
 def test_weights_and_gradients_after_real_steps_are_those_of_a_plain_loop_in_float64(corpus, tmp_path, ranks, settings,
                                                                                      few):
-    cases = ALL if os.environ.get("SCGPT_FULL") else few[ranks]
+    full = [case for case in ALL if settings != OTHER_TERMS or case[1:] == (1, "fp32")]
+    cases = full if os.environ.get("SCGPT_FULL") else few[ranks]
     reference = {precision: plain_loop(config_of(corpus, *GATE, *settings), STEPS, rounded=precision == "bf16")
                  for precision in ("fp32", "bf16")}
     for case, file in zip(cases, run_gate(corpus, tmp_path, ranks, cases, *settings), strict=True):

@@ -54,8 +54,8 @@ def read_labels(config: TrainConfig, splits: Sequence[Split]) -> tuple[list[Labe
         _check_room(values, data.batch_column, "model.n_batch_labels", model.n_batch_labels)
         own_norms = model.domain_spec_batchnorm in (True, "dsbn") or (model.domain_spec_batchnorm and model.generative)
         if own_norms and len(values) > 1:
-            raise ConfigError(f"column '{data.batch_column}' has {len(values)} domains whose cells share a micro-batch, "
-                              "and a norm for each would see the others", where="data.batch_column",
+            raise ConfigError(f"'{data.batch_column}' has {len(values)} domains whose cells share a micro-batch: "
+                              "a norm for each would see the others", where="data.batch_column",
                               fix="set model.domain_spec_batchnorm=batchnorm or false")
     return [Labels(*both) for both in zip(classes, batches, strict=True)], named
 

@@ -102,8 +102,9 @@ def test_facts_name_the_parts_and_change_with_the_weights(folders):
 
 
 def test_corpora_with_other_vocabularies_are_refused(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.scgpt.data.cells.GeneVocab",
-                        lambda tokens, **kind: GeneVocab([f"x{tokens[0]}", *tokens[1:]], **kind))
+    from_dict = GeneVocab.from_dict
+    monkeypatch.setattr("tests.scgpt.data.cells.GeneVocab.from_dict", lambda tokens, **kind: from_dict(
+        {token.replace("g0", "x0"): index for token, index in tokens.items()}, **kind))
     write_corpus(tmp_path / "c", {"train": [random_cells([3], source="c")], "valid": []})
     with pytest.raises(ConfigError, match="different vocabularies"):
         Corpus.open(config_of([folders[0], tmp_path / "c"]))

@@ -346,3 +346,24 @@ def test_the_real_driver_s_corpus_holds_every_value_of_its_atlases(atlases: list
         for row in range(rows.shape[0]):
             values = np.sort(rows.data[rows.indptr[row]:rows.indptr[row + 1]])
             assert values.tolist() == sorted(found[path.stem, row].values())
+
+
+@pytest.mark.slow
+def test_ray_leaves_out_duplicates_and_a_damaged_source_as_one_process_does(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.plan.BLOCK_VALUES", 20_000)
+    monkeypatch.setattr("data_pipeline.sources.base.PROBE_VALUES", 100)
+    counts = random_counts(1, 600, 400, 0.2)
+    good = write_h5ad(tmp_path / "good.h5ad", counts)
+    again = write_h5ad(tmp_path / "again.h5ad", counts[100:400])
+    poor = random_counts(2, 600, 400, 0.2)
+    poor.data[poor.indptr[400]] = -1
+    poor.data[poor.indptr[590]] = 0.5
+    config = config_of(good, write_h5ad(tmp_path / "poor.h5ad", poor), again, on_error="skip", splits={"valid": 0.2},
+                       cells={"remove_duplicates": True}, shards={"max_bytes": "64KiB"})
+    manifest = build(config, tmp_path / "ray", progress=Progress()).manifest
+    assert [source.filtered for source in manifest.sources] == [{}, {"duplicate": 300}]
+    assert manifest.quarantined is not None
+    assert manifest.quarantined[0].reason.startswith("row 400 holds -1")
+    build_here(config, tmp_path / "here")
+    assert bytes_of(tmp_path / "ray") == bytes_of(tmp_path / "here")

@@ -71,8 +71,9 @@ def _be_child(location: Location, writing: int) -> None:
     """Walk through the file, say what was found, and end without a trace of the parent's business."""
     with contextlib.suppress(BaseException):
         faulthandler.disable()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
+        signal.alarm(int(LIMIT_S) + 10)   # should the parent be killed: nothing of ours turns on for ever
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + _CHILD_BYTES, resource.RLIM_INFINITY))

@@ -106,6 +106,18 @@ def test_neighbouring_record_batches_are_read_together(tmp_path: Path, monkeypat
     assert read == [1, 1]   # the list boundaries, then all batches
 
 
+def test_a_shard_that_changes_while_it_is_read_is_told(tmp_path: Path):
+    """Boundaries are read before values: those of another shard must not be followed into this one's memory."""
+    for name, lengths in (("a", [10, 50, 30, 10]), ("b", [30, 30, 30, 10])):   # as many values in files of one size
+        write_corpus(tmp_path / name, {"train": [random_cells(lengths)]})
+    dataset = TokenDataset.open(in_memory(tmp_path / "a"))
+    dataset.lengths  # noqa: B018
+    dataset.files._remote.put_file(str(tmp_path / "b" / "train" / "part-00000.arrow"),
+                                   dataset.files.url("train/part-00000.arrow"))
+    with pytest.raises(DataError, match="the record batch at byte .* is damaged"):
+        dataset.fetch(np.arange(4))
+
+
 def test_what_is_kept_of_a_corpus_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_corpus(tmp_path, {"train": [random_cells([50] * 400)]}, max_batch_values=500, compression="zstd")
     monkeypatch.setattr(record_batches, "CACHE_BYTES", 20_000)

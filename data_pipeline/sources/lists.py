@@ -111,7 +111,7 @@ class ListTable(Source):
             parts = []
             row = first
             for batch in self.table.read([GENES, EXPRESSIONS], first, last):
-                parts.append(_to_csr(batch, self.genes, row))
+                parts.append(_to_csr(batch, self.genes, row, self.path))
                 row += batch.num_rows
             return _stack(parts, self.n_genes)
 
@@ -208,8 +208,12 @@ def _class_labels(schema: pa.Schema) -> dict[str, list[str]]:
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and name in schema.names}
 
 
-def _to_csr(batch: pa.RecordBatch, genes: GeneTable, first: int) -> csr_array:
-    """The rows of a batch, (rows, n_genes), without special tokens; ValueError names the row, counted from `first`."""
+def _to_csr(batch: pa.RecordBatch, genes: GeneTable, first: int, path: Location) -> csr_array:
+    """The rows of a batch, (rows, n_genes), without special tokens.
+
+    Raises ValueError for lists that do not fit, SourceError for an id that the table does not know; both name the row,
+    counted from `first`.
+    """
     lists = [batch.column(column) for column in (GENES, EXPRESSIONS)]
     lengths, others = (pc.list_value_length(column) for column in lists)
     differ = pc.fill_null(pc.not_equal(lengths, others), fill_value=True).to_numpy(zero_copy_only=False)
@@ -218,6 +222,7 @@ def _to_csr(batch: pa.RecordBatch, genes: GeneTable, first: int) -> csr_array:
     offsets = np.concatenate([[0], np.cumsum(lengths.to_numpy(), dtype=np.int64)])
     ids = pc.fill_null(pc.list_flatten(lists[0]).cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
     values = pc.list_flatten(lists[1]).to_numpy(zero_copy_only=False)   # missing ones become NaN
+    values = values.astype(np.float32) if values.dtype == np.float16 else values   # SciPy knows no halves
     known = (ids >= 0) & (ids < len(genes.places))
     places = np.where(known, genes.places[np.where(known, ids, 0)], UNKNOWN)
     opens = np.zeros(len(ids), bool)
@@ -225,7 +230,8 @@ def _to_csr(batch: pa.RecordBatch, genes: GeneTable, first: int) -> csr_array:
     marker = (places == SPECIAL) | ((places == UNKNOWN) & opens & ~(values >= 0))
     for place in np.flatnonzero((places == UNKNOWN) & ~marker)[:1].tolist():
         row = first + int(np.searchsorted(offsets, place, side="right")) - 1
-        raise ValueError(f"row {row} holds the id {ids[place]}, which the gene table does not know")
+        raise SourceError(f"row {row} holds the id {ids[place]}, which the gene table does not know", where=str(path),
+                          fix="give the gene table that belongs to it (gene_table)")
     kept = ~marker
     before = np.concatenate([[0], np.cumsum(kept, dtype=np.int64)])
     return csr_array((values[kept], places[kept], before[offsets]), shape=(batch.num_rows, genes.n_genes))

@@ -86,6 +86,19 @@ def test_any_matrix_reads_back(tmp_path_factory: pytest.TempPathFactory, values:
         assert np.array_equal(source.read_rows(first, last).toarray(), values[first:last])
 
 
+@pytest.mark.parametrize(("genes", "expressions"), [
+    (pa.list_(pa.uint16()), pa.list_(pa.uint8())), (pa.large_list(pa.int32()), pa.large_list(pa.float64())),
+    (pa.list_(pa.uint64(), 2), pa.list_(pa.float16(), 2))])
+def test_any_number_type_is_read(tmp_path: Path, genes: pa.DataType, expressions: pa.DataType) -> None:
+    values = np.array([[1, 2], [3, 0], [0, 9]]).astype(np.float16)
+    table = pa.table({"genes": pa.array([[FIRST_ID, 5]] * 3, genes),
+                      "expressions": pa.array(list(values), expressions)})
+    for form in ("parquet", "stream", "file"):
+        (tmp_path / form).mkdir()
+        with opened(form, tmp_path / form, table, rows=2, n_genes=2) as source:
+            assert np.array_equal(source.read_rows(0, 3).toarray(), values)
+
+
 def test_a_first_entry_without_expression_may_be_unknown(tmp_path: Path) -> None:
     genes = {name: number for name, number in vocab_of(gene_names(40)).items() if number >= FIRST_ID}   # no `<cls>`
     path = parquet.write_table(table_of(COUNTS, marker=True), tmp_path / "a.parquet") or tmp_path / "a.parquet"

@@ -18,8 +18,8 @@ Positive = Annotated[float, Field(gt=0.0)]
 # A run may be continued with other values of these (and with its corpus moved): they decide how long and where it runs,
 # what is kept and shown, how a global batch is cut up; not which cells a step trains on.
 MAY_DIFFER = ("train.max_steps", "train.max_epochs", "train.max_tokens", "train.max_time_s", "train.log_every",
-              "train.eval_every", "train.save_every", "train.keep_last", "data.corpus", "data.workers",
-              "batch.micro_batch_size", "deepspeed.", "tracking.")
+              "train.eval_every", "train.save_every", "train.keep_last", "train.recompute", "data.corpus",
+              "data.workers", "batch.micro_batch_size", "deepspeed.", "tracking.")
 
 
 class MixtureConfig(Config):
@@ -110,8 +110,10 @@ class OptimizerConfig(Config):
 class ScheduleConfig(Config):
     """Learning rate over the steps of a run."""
 
-    kind: Literal["cosine", "constant"] = "cosine"
+    kind: Literal["cosine", "constant", "step"] = "cosine"
     warmup_steps: NonNegativeInt = 10000   # steps until lr is reached
+    interval: PositiveInt = 100            # kind `step`: steps between two reductions of the rate
+    factor: Annotated[float, Field(gt=0.0, le=1.0)] = 0.99   # kind `step`: what a reduction multiplies it with
 
 
 class RunConfig(Config):
@@ -123,6 +125,7 @@ class RunConfig(Config):
     max_time_s: Positive | None = None     # seconds of this start: then checkpoint, exit code 75
     seed: Seed = 0               # of weights, order, sampling, masks and dropout
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"   # auto: bf16 on a GPU that has it, else fp32
+    recompute: bool = False                # keep each layer's input only, compute it again backward: memory for time
     log_every: PositiveInt = 10            # steps
     eval_every: PositiveInt = 1000         # steps
     save_every: PositiveInt = 1000         # steps
@@ -188,6 +191,8 @@ class TrainConfig(Config):
                "objective.weights.cls needs classes", "set model.n_cls and data.class_column")
         yield (weights.cce > 0 and generator, "a generator has no cell embedding to contrast",
                "set objective.weights.cce=0")
+        yield (self.train.recompute and model.layers == "linear", "linear attention cannot be computed again backward",
+               "set train.recompute=false")
         yield (generator and labels, "a generator knows no batches", "set model.kind=transformer")
         yield (labels and self.data.batch_column is None, "the model needs the batch or domain of each cell",
                "set data.batch_column to a metadata column of the corpus")

@@ -137,6 +137,8 @@ class Engine:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         torch.manual_seed(_seed(config.train.seed, 0, 0, PURPOSE_WEIGHTS))   # every rank draws the same weights
         model: torch.nn.Module = build_model(config.model, vocab)
+        if config.train.recompute:
+            model.get_submodule("transformer_encoder").recompute = True  # type: ignore[assignment]
         try:
             self.deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(),
                                                       config=self.json, dist_init_required=False)

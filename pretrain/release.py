@@ -11,7 +11,6 @@ from scgpt.model.config import ModelConfig
 from scgpt.vocab import PAD
 
 FORMAT, FORMAT_VERSION = "scgpt-release", 1
-_SCHEDULER_INTERVAL, _SCHEDULER_FACTOR = 100, 0.99   # of upstream's StepLR, which is not used here
 
 
 def args_json(config: TrainConfig, state: RunState) -> dict[str, Any]:
@@ -26,7 +25,8 @@ def args_json(config: TrainConfig, state: RunState) -> dict[str, Any]:
         "n_bins": objective.n_bins, "max_seq_len": objective.context_length, "training_tasks": objective.task,
         "mask_ratio": objective.mask_ratio, "trunc_by_sample": True, "vocab_path": "vocab.json", "local_rank": 0,
         "batch_size": batch.micro_batch_size, "eval_batch_size": batch.micro_batch_size, "epochs": round(epochs, 3),
-        "lr": config.optimizer.lr, "scheduler_interval": _SCHEDULER_INTERVAL, "scheduler_factor": _SCHEDULER_FACTOR,
+        "lr": config.optimizer.lr, "scheduler_interval": config.schedule.interval,
+        "scheduler_factor": config.schedule.factor,
         "warmup_ratio_or_step": config.schedule.warmup_steps, "no_cls": not objective.weights.cls,
         "no_cce": not objective.weights.cce,
         "fp16": state.precision == "fp16", "fast_transformer": config.model.layers != "torch",

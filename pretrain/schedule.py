@@ -1,4 +1,7 @@
-"""Learning rate of a step: linear warmup, then half a cosine to 0 (Loshchilov, Hutter: SGDR, 2017), or constant."""
+"""Learning rate of a step: linear warmup, then half a cosine to 0 (Loshchilov, Hutter: SGDR, 2017), constant, or steps.
+
+Steps are upstream's choice without warmup: the rate is multiplied with `factor` after every `interval` steps.
+"""
 import math
 
 from pretrain.config import ScheduleConfig
@@ -14,5 +17,7 @@ def learning_rate(step: int, *, lr: float, schedule: ScheduleConfig, total_steps
         return lr * step / schedule.warmup_steps
     if schedule.kind == "constant":
         return lr
+    if schedule.kind == "step":
+        return lr * schedule.factor ** ((step - 1 - schedule.warmup_steps) // schedule.interval)
     done = (step - 1 - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps)
     return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -45,6 +45,7 @@ FEW_OTHER_TERMS = {1: [(1, 1, "fp32")], 2: [(0, 1, "fp32"), (2, 1, "fp32"), (3, 
 OTHER_TERMS = ("data.class_column=donor", "model.n_cls=3", "objective.weights.cls=50", "data.batch_column=source",
                "model.n_batch_labels=2", "model.dab=true", "objective.weights.dab=50", "model.use_batch_labels=true",
                "model.explicit_zero_prob=true", "objective.weights.zero_prob=50", "objective.weights.cce=500")
+FEW_RECOMPUTED = {1: [(0, 4, "fp32")], 2: [(2, 4, "fp32"), (3, 1, "fp32")]}
 ALL = list(itertools.product(range(4), (1, 4), ("fp32", "bf16")))
 # Of what the whole gradient, or the whole way of the weights, measures; per tensor of its own size and a hundredth of
 # the whole. A micro-batch that is lost or counted twice shows as 0.2 or more.
@@ -79,8 +80,9 @@ def run_gate(corpus: Path, folder: Path, ranks: int, cases: list[tuple[int, int,
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("settings", "few"), [((), FEW), (GENERATIVE, FEW_GENERATIVE), (OTHER_TERMS, FEW_OTHER_TERMS)],
-                         ids=["masked", "generative", "other-terms"])
+@pytest.mark.parametrize(("settings", "few"), [
+    ((), FEW), (GENERATIVE, FEW_GENERATIVE), (OTHER_TERMS, FEW_OTHER_TERMS),
+    ((*GENERATIVE, "train.recompute=true"), FEW_RECOMPUTED)], ids=["masked", "generative", "other-terms", "recomputed"])
 def test_weights_and_gradients_after_real_steps_are_those_of_a_plain_loop_in_float64(corpus, tmp_path, ranks, settings,
                                                                                      few):
     full = [case for case in ALL if settings != OTHER_TERMS or case[1:] == (1, "fp32")]

@@ -186,6 +186,7 @@ def test_the_loss_of_a_step_is_the_weighted_sum_of_its_terms_without_the_relativ
     (("model.dab=true", "model.n_batch_labels=2"), "set data.batch_column"),
     (("model.kind=generator", "objective.weights.cce=1"), "no cell embedding"),
     (("model.input_emb_style=category", "model.n_input_bins=51"), "n_input_bins=53"),
+    (("model.layers=linear", "train.recompute=true"), "cannot be computed again"),
     (("model.mvc_decoder_style='sum query'", "model.explicit_zero_prob=true"), "set it to 'inner product'"),
 ])
 def test_what_does_not_go_together_is_refused_in_one_sentence(settings, says):

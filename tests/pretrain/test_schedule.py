@@ -1,4 +1,5 @@
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +27,18 @@ def test_the_cosine_begins_at_the_full_rate_passes_half_in_the_middle_and_ends_j
 
 def test_constant_stays():
     assert set(rates(kind="constant")[10:]) == {0.5}
+
+
+@pytest.mark.parametrize(("warmup_steps", "interval", "factor"), [(0, 100, 0.99), (0, 7, 0.5), (10, 7, 0.5)])
+def test_steps_are_those_of_torchs_schedule_after_the_warmup(warmup_steps, interval, factor):
+    schedule = ScheduleConfig(kind="step", warmup_steps=warmup_steps, interval=interval, factor=factor)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    torchs = torch.optim.lr_scheduler.StepLR(optimizer, interval, factor)
+    for step in range(warmup_steps + 1, 400):
+        rate = learning_rate(step, lr=0.5, schedule=schedule, total_steps=400)
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        torchs.step()
 
 
 def test_no_warmup_begins_at_the_full_rate():

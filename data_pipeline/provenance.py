@@ -31,7 +31,7 @@ from scgpt.data.dataset import TokenDataset
 from scgpt.data.manifest import Manifest, SourceEntry
 from scgpt.data.schema import EXPRESSIONS, SOURCE, RaggedBatch
 from scgpt.data.shards import part_bounds, windows
-from scgpt.errors import ConfigError
+from scgpt.errors import ConfigError, SourceError
 
 _WINDOW_CELLS = 256          # a sample is taken in runs of so many rows: reading single rows would cost as much
 _MIN_GENES = 20              # below, a cell may equal another by chance (cells.duplicate_min_genes of older corpora)
@@ -54,14 +54,18 @@ def was_seen(corpus: Path | str, asked: str, *, sample: int | None = None) -> Se
     files = CorpusFiles(corpus)
     manifest = Manifest.read(files)
     column, mark, value = asked.partition("=")
-    if Location.of(asked).exists():
-        return _file_seen(files, manifest, Location.of(asked), sample)
-    if not mark or "://" in asked:
-        return _group_seen(files, manifest, None, asked)
-    if column not in (SOURCE, *GROUP_COLUMNS, *manifest.columns):
+    location = Location.of(asked)
+    if location.exists():
+        return _file_seen(files, manifest, location, sample)
+    if mark and column in (SOURCE, *GROUP_COLUMNS, *manifest.columns):
+        return _group_seen(files, manifest, column, value)
+    if "/" in asked or location.stem != location.name:   # a path with a slip in it is not answered with no
+        raise SourceError("there is no such file", where=str(location),
+                          fix="check the path; a group of such a name is asked for as column=value")
+    if mark:
         raise ConfigError(f"the corpus keeps no column '{column}'", where=files.where(),
                           fix=f"choose one of: {', '.join([SOURCE, *manifest.columns])}")
-    return _group_seen(files, manifest, column, value)
+    return _group_seen(files, manifest, None, asked)
 
 
 # ---- a group ----

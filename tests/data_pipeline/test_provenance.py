@@ -14,6 +14,7 @@ from scgpt.data.content import content_hashes
 from scgpt.data.corpus_files import CorpusFiles
 from scgpt.errors import ConfigError, SourceError
 from tests.data_pipeline.atlases import BLOOD, GENES, PANCREAS, build_here, config_of, random_counts, write_h5ad
+from tests.scgpt.data.cells import in_memory
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +121,13 @@ def test_a_file_that_holds_no_counts_is_refused_and_not_unseen(corpus: Path, tmp
     path = write_h5ad(tmp_path / "logs.h5ad", random_counts(0, 60, 60).log1p())
     with pytest.raises(SourceError, match="log-normalised"):
         was_seen(corpus, str(path))
+
+
+@pytest.mark.parametrize("asked", ["nowhere.h5ad", "no/where", "memory://no/such.h5ad", "no/where=1/a.h5ad"])
+def test_a_path_with_a_slip_in_it_is_not_answered_with_no(corpus: Path, asked: str) -> None:
+    with pytest.raises(SourceError, match="there is no such file"):
+        was_seen(corpus, asked)
+
+
+def test_a_corpus_behind_a_url_answers_the_same(corpus: Path) -> None:
+    assert was_seen(in_memory(corpus), str(BLOOD), sample=50) == was_seen(corpus, str(BLOOD), sample=50)

@@ -143,6 +143,8 @@ def _groups(plan: Plan, results: Results) -> dict[str, list[str]]:
 
 def _duplicates(results: Results, *, removed: bool) -> DuplicatesEntry:
     compared, equal, across = (sum(record[what] for record in results.equals) for what in ("cells", "equal", "across"))
+    books.same(sum(record["compared"] for record in results.records), compared, what="content hashes",
+               where="all sources")
     return DuplicatesEntry(compared=compared, equal=equal, across_splits=across, removed=removed)
 
 

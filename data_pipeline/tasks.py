@@ -95,12 +95,13 @@ def tokenize_to_run(layout: Layout, block: Block, source: SourcePlan, row_blocks
     path, hashes_path = layout.build.runs / f"{block_task(block)}.arrow", hash_file(layout.build, block)
     with files.publish(path) as temporary:
         parts = write_run(temporary, cells, metadata, kept=kept, splits=splits, buckets=buckets)
+    compared = np.flatnonzero(kept & (cells.lengths >= config.cells.duplicate_min_genes))
     with files.publish(hashes_path) as temporary:
-        write_hashes(temporary, cells, np.flatnonzero(kept & (cells.lengths >= config.cells.duplicate_min_genes)),
-                     splits=splits, shards=buckets, sums=books.cell_sums(cells), hashes=hashes)
+        write_hashes(temporary, cells, compared, splits=splits, shards=buckets, sums=books.cell_sums(cells),
+                     hashes=hashes)
     result = {"cells": block.last - block.first, "ledger": ledger.to_json(), "parts": [asdict(part) for part in parts],
               "integer": cells.expressions.dtype.kind == "u", "largest": float(cells.expressions.max(initial=0)),
-              "groups": {} if groups is None else groups_in_splits(groups, splits, kept)}
+              "compared": len(compared), "groups": {} if groups is None else groups_in_splits(groups, splits, kept)}
     return layout.build.write_record(block_task(block), result, [path, hashes_path])
 
 

@@ -1,14 +1,17 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy import sparse
 
 from data_pipeline import duplicates
 from data_pipeline import plan as planning
-from scgpt.data import TokenDataset, verify_corpus
+from data_pipeline.duplicates import write_hashes
+from scgpt.data import RaggedBatch, TokenDataset, verify_corpus
 from scgpt.errors import DataError, SourceError
 from tests.data_pipeline.atlases import (
     GENES,
@@ -110,3 +113,14 @@ def test_no_folder_is_in_the_manifest_and_the_parts_of_the_hashes_do_not_matter(
     build_here(config, tmp_path / "many", workers=Here(1))
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "many")
     assert str(tmp_path).encode() not in bytes_of(tmp_path / "one")["manifest.json"]
+
+
+def test_a_lost_content_hash_is_noticed_before_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(path: Path, cells: RaggedBatch, chosen: NDArray[np.intp], **more: Any) -> None:
+        write_hashes(path, cells, chosen[1:], **more)
+
+    monkeypatch.setattr("data_pipeline.tasks.write_hashes", forgetful)
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(0, 50, 60, 0.6))
+    with pytest.raises(DataError, match="content hashes of 50 came in, 49 are accounted for"):
+        build_here(config_of(path), tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()

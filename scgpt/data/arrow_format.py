@@ -111,8 +111,8 @@ class ArrowShards:
         batches, rows = self._locate(cells)
         genes = np.empty(offsets[-1], self.gene_type)
         expressions = np.empty(offsets[-1], self.expression_type)
-        gather.lists(self.genes, self.offsets, batches, rows, offsets[:-1], offsets[1:], genes)
-        gather.lists(self.expressions, self.offsets, batches, rows, offsets[:-1], offsets[1:], expressions)
+        gather.lists(self.genes, self.offsets, batches, rows, offsets, genes)
+        gather.lists(self.expressions, self.offsets, batches, rows, offsets, expressions)
         return RaggedBatch(genes, expressions, offsets, {CELL_ID: self.cell_ids(cells)})
 
     def _locate(self, cells: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -40,7 +40,19 @@ def items(addresses, batches, rows, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def lists(addresses, offset_addresses, batches, rows, starts, stops, out):  # type: ignore[no-untyped-def]
+def lists(addresses, offset_addresses, batches, rows, out_offsets, out):  # type: ignore[no-untyped-def]
+    """out[out_offsets[i]:out_offsets[i + 1]] = the values of cell rows[i] of record batch batches[i]."""
+    like = np.empty(0, np.int32)
+    width = np.uint64(out.itemsize)
+    for i in range(len(rows)):
+        first = carray(_pointer(offset_addresses[batches[i]], like), rows[i] + 1)[rows[i]]  # type: ignore[call-arg]
+        start, stop = out_offsets[i], out_offsets[i + 1]
+        address = addresses[batches[i]] + np.uint64(first) * width
+        out[start:stop] = carray(_pointer(address, out), stop - start)
+
+
+@njit(cache=True, nogil=True)
+def lists_at(addresses, offset_addresses, batches, rows, starts, stops, out):  # type: ignore[no-untyped-def]
     """out[starts[i]:stops[i]] = the values of cell rows[i] of record batch batches[i]."""
     like = np.empty(0, np.int32)
     width = np.uint64(out.itemsize)

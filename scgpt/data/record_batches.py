@@ -162,8 +162,8 @@ class BatchShards:
                                             for name in ("genes", "expressions", "offsets", "ids"))
         numbers, rows = np.searchsorted(group, batches[chosen]), rows[chosen]
         starts, stops = found.offsets[:-1][chosen], found.offsets[1:][chosen]
-        gather.lists(genes, offsets, numbers, rows, starts, stops, found.genes)
-        gather.lists(expressions, offsets, numbers, rows, starts, stops, found.expressions)
+        gather.lists_at(genes, offsets, numbers, rows, starts, stops, found.genes)
+        gather.lists_at(expressions, offsets, numbers, rows, starts, stops, found.expressions)
         some = np.empty(len(chosen), np.uint64)
         gather.items(ids, numbers, rows, some)
         found.columns[CELL_ID][chosen] = some

@@ -2,7 +2,7 @@
 
     python benchmarks/data.py                            # 100,000 cells made of real ones, every side, three rounds
     python benchmarks/data.py --cells 20000 --sides decompress,pipeline --rounds 5 --json
-    python benchmarks/data.py --memory csr,csc,dense     # 500,000 cells: peak memory of workers beside the plan's
+    python benchmarks/data.py --memory csr,csc,dense     # 500,000 cells (a fifth of it dense): memory of workers
 
 The file holds cells of examples/atlas, drawn with replacement (seeded), written by anndata with its gzip. Sides take
 turns, each in a process of its own, bound to one core or to two; medians and the spread are told. CPU seconds are those
@@ -341,7 +341,7 @@ def versions() -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", type=int, default=100_000)
+    parser.add_argument("--cells", type=int, help="default 100,000; with --memory 500,000")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=lambda text: [int(word) for word in text.split(",")], default=[1, 2])
     parser.add_argument("--sides", type=lambda text: text.split(","), default=list(SIDES))
@@ -358,26 +358,27 @@ def main() -> None:
             Path(out).mkdir()
         {**SIDES, "small-shards": small_shards}[side](Path(file), Path(out), int(cores))
         return
+    n_cells = args.cells or (500_000 if args.memory else 100_000)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=args.folder) as folder:
         work = Path(folder)
         if args.memory:
-            rows = memory(args.memory, args.cells if args.cells != 100_000 else 500_000, work)
+            rows = memory(args.memory, n_cells, work)
             print(json.dumps({"memory": rows}) if args.json else _memory_table(rows))
             return
         reasons = {side: missing(side, args.annbatch_python if side == "annbatch" else sys.executable)
                    for side in args.sides}
         file = work / "cells.h5ad"
-        write_cells(file, args.cells)
+        write_cells(file, n_cells)
         results = compare([side for side in args.sides if reasons[side] is None], file, work, args)
         left_out = {side: reason for side, reason in reasons.items() if reason is not None}
         if args.json:
-            print(json.dumps({"cells": args.cells, "file_bytes": file.stat().st_size, "machine": versions(),
+            print(json.dumps({"cells": n_cells, "file_bytes": file.stat().st_size, "machine": versions(),
                               "missing": left_out, "runs": {cores: {side: [asdict(run) for run in runs] for side, runs
                                                                     in sides.items()} for cores, sides in
                                                             results.items()}}))
             return
-        print(f"{versions()}\n{args.cells:,} cells, {file.stat().st_size / 1e6:,.0f} MB of gzip h5ad\n")
-        print("\n".join(table(results, args.cells)))
+        print(f"{versions()}\n{n_cells:,} cells, {file.stat().st_size / 1e6:,.0f} MB of gzip h5ad\n")
+        print("\n".join(table(results, n_cells)))
         for side, reason in left_out.items():
             print(f"missing: {side} ({reason})")
 

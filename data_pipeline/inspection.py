@@ -3,6 +3,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -105,7 +106,7 @@ def _matrix(source: Source) -> Facts:
         values = source.probe()
         return {"cells": source.n_cells, "genes": source.n_genes, "values": source.n_values(),
                 "looks_like": "counts" if are_counts(values) else describe_values(values),
-                "largest": float(values.max(initial=0)) if values.dtype.kind in "biuf" and len(values) else 0.0}
+                "largest": float(np.max(values[np.isfinite(values)], initial=0)) if len(values) else 0.0}
     except ScgptError as error:
         return {"unreadable": str(error)}
 
@@ -133,8 +134,10 @@ def _obs_columns(source: Source) -> Facts:
         kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
         found[column] = {"type": "text" if pa.types.is_string(kind) else str(kind), **_of_counts(counts)}
         if pa.types.is_floating(kind) or (pa.types.is_integer(kind) and len(counts) > 4 * COMMONEST):
-            held = pc.min_max(pc.cast(values, pa.float64()))   # a measure, not a name
-            found[column]["range"] = [held["min"].as_py(), held["max"].as_py()]
+            numbers = pc.cast(values, pa.float64())   # a measure, not a name
+            held = pc.min_max(numbers.filter(pc.is_finite(numbers)))
+            if held["min"].is_valid:
+                found[column]["range"] = [held["min"].as_py(), held["max"].as_py()]
     return found
 
 

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -63,3 +64,14 @@ def test_a_column_that_cannot_be_read_is_told_in_its_place(tmp_path: Path) -> No
 def test_what_is_neither_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="there is no such file"):
         inspect(tmp_path / "nothing", VOCAB)
+
+
+def test_values_that_are_not_finite_are_told_and_are_json(tmp_path: Path) -> None:
+    matrix = random_counts(0, 30, 40)
+    matrix.data[:2] = np.nan, np.inf
+    path = write_h5ad(tmp_path / "a.h5ad", matrix, obs={"score": [np.inf, 2.5, *[1.5] * 28], "none": [np.nan] * 30})
+    facts = inspect(path, VOCAB)
+    assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+    assert facts["matrices"]["X"]["looks_like"] == "NaN or infinite values"
+    assert facts["obs"]["score"]["range"] == [1.5, 2.5]
+    assert "obs none (double): no value" in describe_facts(facts)

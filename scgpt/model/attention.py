@@ -48,6 +48,12 @@ class PackedLayout(NamedTuple):
     max_keys: Tensor                 # () int64, CPU
     key_index: Tensor | None = None      # (keys,) int64: which tokens are keys; None: all
     is_generation: Tensor | None = None  # (tokens,) bool
+    query_index: Tensor | None = None    # (queries,) int64, ascending: which tokens attend; None: all
+
+    def of_queries(self, index: Tensor) -> "PackedLayout":
+        """The layout in which only the tokens `index` (queries,), ascending, attend: others are keys alone."""
+        bounds = torch.searchsorted(index, self.cu_seqlens.to(index.dtype)).to(self.cu_seqlens.dtype)
+        return self._replace(cu_seqlens=bounds, query_index=index)   # max_seqlen bounds them still
 
 
 def check_cells(cu_seqlens: Tensor, max_seqlen: int, n_tokens: int) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from scgpt.model.attention import PaddedLayout
 from scgpt.model.dsbn import DomainSpecificBatchNorm1d
 from scgpt.model.encoders import BatchLabelEncoder, CategoryValueEncoder, ContinuousValueEncoder, GeneEncoder
-from scgpt.model.heads import Hidden
-from scgpt.model.layers import build_encoder, padded_layout, run_encoder
+from scgpt.model.heads import Chosen, Hidden
+from scgpt.model.layers import TransformerEncoder, build_encoder, padded_layout, run_encoder
 from scgpt.model.linear_attention import FastTransformerEncoderWrapper
 from scgpt.model.packed import PackedTensors
 
@@ -84,8 +84,8 @@ class CellEncoder(KeepsGeneEmbeddings):
         embs = _prompted(self._normalise(embs, batch_labels), input_cell_emb)
         return Hidden(run_encoder(self.transformer_encoder, embs, padded_layout(embs, mask), None), genes, None)
 
-    def _encode_packed(self, packed: PackedTensors, batch_labels: Tensor | None,
-                       input_cell_emb: Tensor | None) -> Hidden:
+    def _encode_packed(self, packed: PackedTensors, batch_labels: Tensor | None, input_cell_emb: Tensor | None,
+                       chosen: Chosen | None = None) -> Hidden:
         if packed.perception_index is None:
             embs, genes = self._embed(packed.gene_ids, packed.values)
             embs = self._normalise(embs, batch_labels)
@@ -93,7 +93,16 @@ class CellEncoder(KeepsGeneEmbeddings):
             embs, genes = self._embed_parts(packed, packed.perception_index, batch_labels)
         if input_cell_emb is not None:
             embs = embs.index_copy(0, packed.cu_seqlens[:-1].long(), input_cell_emb.to(embs.dtype))
-        return Hidden(run_encoder(self.transformer_encoder, embs, packed.layout(), packed), genes, packed)
+        output = run_encoder(self.transformer_encoder, embs, packed.layout(), packed,
+                             None if chosen is None else chosen.tokens)
+        return Hidden(output, genes, packed, chosen)
+
+    def _chosen(self, packed: PackedTensors, positions: Tensor | None) -> Chosen | None:
+        """What the last layer may leave out all else for, where only `positions` and the cells' first tokens count."""
+        encoder = self.transformer_encoder
+        if positions is None or packed.perception_index is not None or not isinstance(encoder, TransformerEncoder):
+            return None
+        return Chosen.of(packed, positions) if encoder.num_layers else None
 
     def _embed_parts(self, packed: PackedTensors, perception: Tensor,
                      batch_labels: Tensor | None) -> tuple[Tensor, Tensor]:

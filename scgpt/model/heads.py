@@ -21,6 +21,7 @@ class Hidden(NamedTuple):
     output: Tensor                     # (batch, seq, d_model) or (tokens, d_model)
     gene_embs: Tensor                  # the same shape: the gene encoder's output
     packed: PackedTensors | None       # the packed batch; None for padded input
+    chosen: "Chosen | None" = None     # where `output` holds some tokens only: which
 
     def at(self, positions: Tensor | None) -> "Hidden":
         """The chosen tokens of a packed batch (all where `positions` is None)."""
@@ -28,7 +29,29 @@ class Hidden(NamedTuple):
             return self
         if self.packed is None:
             raise ValueError("positions are indices of packed tokens: padded input computes every position")
-        return Hidden(self.output.index_select(0, positions), self.gene_embs.index_select(0, positions), self.packed)
+        rows = positions if self.chosen is None else self.chosen.positions
+        return Hidden(self.output.index_select(0, rows), self.gene_embs.index_select(0, positions), self.packed)
+
+    def pooled(self, style: str, weights: Tensor | None) -> Tensor:
+        """Cell embeddings, see `pool`."""
+        if self.chosen is not None:   # then the style is "cls"
+            return self.output.index_select(0, self.chosen.cells)
+        return pool(self.output, style, weights, self.packed)
+
+
+class Chosen(NamedTuple):
+    """The tokens that are read after the last layer: the first of each cell, and the positions asked for."""
+
+    tokens: Tensor      # (cells + positions,) int64, ascending
+    cells: Tensor       # (cells,) int64: where in `tokens` each cell's first token is
+    positions: Tensor   # (positions,) int64: where each position is
+
+    @classmethod
+    def of(cls, packed: PackedTensors, positions: Tensor) -> "Chosen":
+        """Of a packed batch; positions in any order, on its device. Costs no synchronisation."""
+        tokens, order = torch.cat([packed.cu_seqlens[:-1].long(), positions]).sort()
+        places = order.argsort()
+        return cls(tokens, places[:packed.n_cells], places[packed.n_cells:])
 
 
 def spread(cells: Tensor, hidden: Hidden, positions: Tensor | None = None) -> Tensor:

@@ -74,12 +74,19 @@ def _self_attend(module: FlashSelfAttention | TorchSelfAttention, qkv: Tensor, l
     A generation token's context skips `out_proj`, as in upstream's pretraining branch.
     """
     q, k, v = qkv.unflatten(-1, (3, module.num_heads, -1)).unbind(-3)
+    q = _queries(q, layout)
     context = attend(q, k, v, layout, dropout_p=module.dropout if module.training else 0.0, backend=module.backend,
                      deterministic=module.deterministic, all_queries=padding_attends).flatten(-2)
     projected: Tensor = module.out_proj(context)
     if layout.is_generation is None:
         return projected
     return torch.where(layout.is_generation.unsqueeze(-1), context, projected)
+
+
+def _queries(x: Tensor, layout: Layout) -> Tensor:
+    """The tokens that attend, (queries, ...) of (tokens, ...)."""
+    index = layout.query_index if isinstance(layout, PackedLayout) else None
+    return x if index is None else x.index_select(0, index)
 
 
 class FlashTransformerEncoderLayer(nn.Module):
@@ -141,10 +148,10 @@ class FlashTransformerEncoderLayer(nn.Module):
             layout = padded_layout(src, src_key_padding_mask)
         if self.norm_scheme == "pre":
             src = self.norm1(src)
-            src = self.norm2(src + self.dropout1(self.self_attn(src, layout)))
+            src = self.norm2(_queries(src, layout) + self.dropout1(self.self_attn(src, layout)))
             added: Tensor = src + self.dropout2(self._feed_forward(src))
             return added
-        src = self.norm1(src + self.dropout1(self.self_attn(src, layout)))
+        src = self.norm1(_queries(src, layout) + self.dropout1(self.self_attn(src, layout)))
         normed: Tensor = self.norm2(src + self.dropout2(self._feed_forward(src)))
         return normed
 
@@ -172,14 +179,21 @@ class TransformerEncoder(nn.Module):
         self.layers = nn.ModuleList([copy.deepcopy(layer) for _ in range(num_layers)])
 
     def forward(self, src: Tensor, mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None,
-                is_causal: bool | None = None, *, layout: Layout | None = None) -> Tensor:  # noqa: FBT001 torch's
-        """As the layers: `layout` is computed once for all of them; `mask` and `is_causal` are refused."""
+                is_causal: bool | None = None, *, layout: Layout | None = None,  # noqa: FBT001 torch's
+                queries: Tensor | None = None) -> Tensor:
+        """As the layers: `layout` is computed once for all of them; `mask` and `is_causal` are refused.
+
+        With `queries` (n,) int64, ascending tokens of packed cells, the result is that of these tokens alone, (n,
+        d_model): the last layer computes nothing else.
+        """
         if mask is not None or is_causal:
             raise ValueError("the encoder takes no mask and is not causal: every token sees its whole cell")
         if layout is None:
             layout = padded_layout(src, src_key_padding_mask)
         recompute = self.recompute and torch.is_grad_enabled()
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers, 1):
+            if number == len(self.layers) and queries is not None and isinstance(layout, PackedLayout):
+                layout = layout.of_queries(queries)
             src = checkpoint(layer, src, layout=layout, use_reentrant=False) if recompute else layer(src, layout=layout)
         return src
 
@@ -208,11 +222,15 @@ def build_encoder(d_model: int, nhead: int, d_hid: int, nlayers: int, dropout: f
     return TransformerEncoder(layer, nlayers)
 
 
-def run_encoder(encoder: nn.Module, embs: Tensor, layout: Layout, packed: PackedTensors | None) -> Tensor:
-    """Send embeddings through the layers; linear attention knows padded rows only, so packed cells are padded."""
+def run_encoder(encoder: nn.Module, embs: Tensor, layout: Layout, packed: PackedTensors | None,
+                queries: Tensor | None = None) -> Tensor:
+    """Send embeddings through the layers; linear attention knows padded rows only, so packed cells are padded.
+
+    `queries` is for softmax layers: see TransformerEncoder.
+    """
     output: Tensor
     if not isinstance(encoder, FastTransformerEncoderWrapper):
-        output = encoder(embs, layout=layout)
+        output = encoder(embs, layout=layout) if queries is None else encoder(embs, layout=layout, queries=queries)
     elif packed is not None:
         padded, padding = packed.pad(embs)
         output = encoder(padded, padding)[~padding]

@@ -160,7 +160,8 @@ class TransformerModel(CellEncoder):
 
         def encode() -> Hidden:
             if isinstance(src, PackedTensors):
-                return self._encode_packed(src, batch_labels, input_cell_emb)
+                chosen = self._chosen(src, positions) if self.cell_emb_style == "cls" else None
+                return self._encode_packed(src, batch_labels, input_cell_emb, chosen)
             if generative_training:
                 return self._encode_parts(src, values, src_key_padding_mask, gen_genes, gen_key_padding_mask,
                                           batch_labels, input_cell_emb)
@@ -172,7 +173,7 @@ class TransformerModel(CellEncoder):
         hidden = encode()
         batch_emb = self.batch_encoder(batch_labels) if self.use_batch_labels else None
         output = self._decode(hidden, batch_emb, positions, do_sample=do_sample)
-        cell_emb = pool(hidden.output, self.cell_emb_style, weights, hidden.packed)
+        cell_emb = hidden.pooled(self.cell_emb_style, weights)
         output["cell_emb"] = cell_emb
         if CLS:
             output["cls_output"] = self._class_of(cell_emb)
@@ -244,7 +245,7 @@ class TransformerModel(CellEncoder):
     def _contrast(self, cell_emb: Tensor, encode: Callable[[], Hidden], weights: Tensor | None) -> Tensor:
         """CCE against a second pass over the same cells (Gao et al., SimCSE, 2021); over all ranks while training."""
         second = encode()
-        views = [cell_emb, pool(second.output, self.cell_emb_style, weights, second.packed)]
+        views = [cell_emb, second.pooled(self.cell_emb_style, weights)]
         if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
             views = [gather_cells(view) for view in views]
         similarity = self.sim(views[0].unsqueeze(1), views[1].unsqueeze(0))

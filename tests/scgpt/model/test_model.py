@@ -107,7 +107,32 @@ def test_positions_choose_what_the_decoders_compute(options):
     whole, chosen = model(packed, MVC=True), model(packed, MVC=True, positions=positions)
     per_token = [key for key in PER_TOKEN if key in whole]
     assert_same({key: chosen[key] for key in per_token}, {key: whole[key][positions] for key in per_token})
-    assert torch.equal(chosen["cell_emb"], whole["cell_emb"])
+    assert_same({"cell_emb": chosen["cell_emb"]}, {"cell_emb": whole["cell_emb"]})
+
+
+@given(name=st.sampled_from(sorted(OPTIONS)), lengths=LENGTHS, seed=st.integers(0, 99), recompute=st.booleans(),
+       data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_what_positions_leave_out_changes_no_output_and_no_gradient(name, lengths, seed, recompute, data):
+    """The last layer attends at the cells' first tokens and at the positions only: any order, also twice."""
+    model, packed = build(**OPTIONS[name]), cells(lengths, seed=seed, n_labels=3 if name == "labels" else 0)
+    if hasattr(model.transformer_encoder, "recompute"):
+        model.transformer_encoder.recompute = recompute
+    positions = torch.tensor(data.draw(st.lists(st.integers(0, sum(lengths) - 1), max_size=8)), dtype=torch.long)
+    whole = model(packed, **ALL)
+    whole = {key: x.index_select(0, positions) if key in PER_TOKEN else x for key, x in whole.items()}
+    want = gradients(model, whole)
+    chosen = model(packed, **ALL, positions=positions)
+    assert_same(chosen, whole)
+    assert_same(gradients(model, chosen), want)
+
+
+def test_the_last_layer_computes_nothing_else():
+    model, packed = build(), cells([5, 7])
+    seen = []
+    model.transformer_encoder.layers[-1].linear1.register_forward_hook(lambda *x: seen.append(len(x[1][0])))
+    model(packed, MVC=True, positions=torch.tensor([6, 2, 11]))
+    assert seen == [2 + 3]
 
 
 def test_no_position_is_no_output_and_no_gradient_but_all_modules_run():

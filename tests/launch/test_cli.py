@@ -46,6 +46,15 @@ def test_help_starts_with_an_example_that_parses(command: str, capsys: pytest.Ca
     assert not rest
 
 
+def test_a_reader_who_has_seen_enough_is_no_failure():
+    process = subprocess.Popen([sys.executable, "-m", "launch.cli", "config", "list"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 0
+    process.stderr.close()
+
+
 def test_settings_are_taken_before_and_after_flags():
     parser = cli.build_parser()
     args, rest = parser.parse_known_args(["data", "build", "demo", "seed=1", "--out", "x", "seed=2", "a.b=[1, 2]"])

@@ -51,7 +51,7 @@ class PackedLayout(NamedTuple):
     query_index: Tensor | None = None    # (queries,) int64, ascending: which tokens attend; None: all
 
     def of_queries(self, index: Tensor) -> "PackedLayout":
-        """The layout in which only the tokens `index` (queries,), ascending, attend: others are keys alone."""
+        """The layout in which only the tokens `index` (queries,), ascending and distinct, attend: others are keys."""
         bounds = torch.searchsorted(index, self.cu_seqlens.to(index.dtype)).to(self.cu_seqlens.dtype)
         return self._replace(cu_seqlens=bounds, query_index=index)   # max_seqlen bounds them still
 

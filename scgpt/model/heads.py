@@ -42,15 +42,18 @@ class Hidden(NamedTuple):
 class Chosen(NamedTuple):
     """The tokens that are read after the last layer: the first of each cell, and the positions asked for."""
 
-    tokens: Tensor      # (cells + positions,) int64, ascending
+    tokens: Tensor      # (chosen,) int64, ascending, each once
     cells: Tensor       # (cells,) int64: where in `tokens` each cell's first token is
     positions: Tensor   # (positions,) int64: where each position is
 
     @classmethod
     def of(cls, packed: PackedTensors, positions: Tensor) -> "Chosen":
-        """Of a packed batch; positions in any order, on its device. Costs no synchronisation."""
-        tokens, order = torch.cat([packed.cu_seqlens[:-1].long(), positions]).sort()
-        places = order.argsort()
+        """Of a packed batch; positions in any order, also twice, on its device.
+
+        A GPU is waited for once: how many tokens there are decides shapes, and a cell with more queries than tokens
+        would lie beyond the bound that kernels are given.
+        """
+        tokens, places = torch.cat([packed.cu_seqlens[:-1].long(), positions]).unique(return_inverse=True)
         return cls(tokens, places[:packed.n_cells], places[packed.n_cells:])
 
 

@@ -183,8 +183,8 @@ class TransformerEncoder(nn.Module):
                 queries: Tensor | None = None) -> Tensor:
         """As the layers: `layout` is computed once for all of them; `mask` and `is_causal` are refused.
 
-        With `queries` (n,) int64, ascending tokens of packed cells, the result is that of these tokens alone, (n,
-        d_model): the last layer computes nothing else.
+        With `queries` (n,) int64, ascending and distinct tokens of packed cells, the result is that of these tokens
+        alone, (n, d_model): the last layer computes nothing else.
         """
         if mask is not None or is_causal:
             raise ValueError("the encoder takes no mask and is not causal: every token sees its whole cell")

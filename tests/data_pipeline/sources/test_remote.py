@@ -22,6 +22,7 @@ from tests.data_pipeline.atlases import (
     write_zarr,
 )
 from tests.data_pipeline.sources.range_server import Served, serve_ranges
+from tests.s3_server import bucket_named
 
 KINDS = {"h5ad": write_h5ad, "zarr": write_zarr}
 
@@ -142,19 +143,8 @@ def test_bad_remote_input_is_one_sentence(web: Served, lake: Location, place: st
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """`s3://BUCKET` of an S3 server on this machine; where it is stands in the environment, as for any user."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key",
-                            "AWS_SECRET_ACCESS_KEY": "s3cret", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="lake")
-        yield "s3://lake"
-    server.stop()
+    with bucket_named("lake") as url:
+        yield url
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from scgpt.data import RaggedBatch, TokenDataset, verify_corpus
 from scgpt.data.convert import ConvertConfig, convert
 from scgpt.errors import DataError
 from tests.data_pipeline.sources.range_server import serve_ranges
+from tests.s3_server import bucket_named
 
 from .cells import random_cells, same_cells, write_corpus
 
@@ -28,21 +29,11 @@ def corpora(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def bucket(corpora: Path) -> Iterator[str]:
     """The corpora in a bucket of an S3 server on this machine; where it is stands in the environment."""
-    import boto3
     import s3fs
-    from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key",
-                            "AWS_SECRET_ACCESS_KEY": "s3cret", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="corpora")
+    with bucket_named("corpora") as url:
         s3fs.S3FileSystem().put(f"{corpora}/", "corpora/", recursive=True)
-        yield "s3://corpora"
-    server.stop()
+        yield url
 
 
 def holds_the_cells(url: str) -> None:

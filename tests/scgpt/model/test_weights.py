@@ -89,7 +89,10 @@ def test_names_go_both_ways():
 
 def test_data_parallel_prefix_is_taken_off(tmp_path, model):
     torch.save({f"module.{name}": x for name, x in model.state_dict().items()}, tmp_path / "old.pt")
-    load_state(build_model(CONFIG, VOCAB), read_state(tmp_path / "old.pt"), where="old.pt")
+    loaded = build_model(CONFIG, VOCAB)
+    load_state(loaded, read_state(tmp_path / "old.pt"), where="old.pt")
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], x) for name, x in model.state_dict().items())
 
 
 def test_what_does_not_fit_is_listed(model):

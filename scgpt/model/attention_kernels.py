@@ -161,8 +161,10 @@ class SdpaKernel:
         if n_cells:
             out, lse = attend(*(_batched(x, n_cells) for x in (q, k, v)))
             return _unbatched(out), lse.transpose(1, 2).reshape(q.shape[:2]), no_rng(q)
-        out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=lse_dtype(q.dtype))
-        for rows, keys in spans(cells):
+        pairs = spans(cells)
+        out = self._rows_like(q, pairs, cells)
+        lse = q.new_full(q.shape[:2], -torch.inf, dtype=lse_dtype(q.dtype))
+        for rows, keys in pairs:
             cell_out, cell_lse = attend(_batched(q[rows]), _batched(k[keys]), _batched(v[keys]))
             out[rows], lse[rows] = cell_out[0].transpose(0, 1), cell_lse[0].t()
         return out, lse, no_rng(q)
@@ -175,12 +177,18 @@ class SdpaKernel:
         if n_cells:
             grads = self._cell_backward(grad, q, k, v, out, lse, n_cells)
             return _unbatched(grads[0]), _unbatched(grads[1]), _unbatched(grads[2])
-        grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for rows, keys in spans(cells):
+        pairs = spans(cells)
+        grad_q, grad_k, grad_v = (self._rows_like(x, pairs, cells) for x in (q, k, v))
+        for rows, keys in pairs:
             grads = self._cell_backward(grad[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], 1)
             for whole, span, part in zip((grad_q, grad_k, grad_v), (rows, keys, keys), grads, strict=True):
                 whole[span] = part[0].transpose(0, 1)
         return grad_q, grad_k, grad_v
+
+    @staticmethod
+    def _rows_like(x: Tensor, pairs: list[tuple[slice, slice]], cells: Segments) -> Tensor:
+        """Room for rows as `x` has them; zeros where a cell without queries or keys leaves some unwritten."""
+        return torch.empty_like(x) if len(pairs) == len(cells.cu_q) - 1 else torch.zeros_like(x)
 
     @staticmethod
     def _cell_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,

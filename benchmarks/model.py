@@ -31,6 +31,8 @@ ATLAS = ROOT / "examples" / "atlas"
 PUBLIC = "scgpt==0.2.4"
 SIDES = ("packed", "padded", "public")
 CELLS = {"scgpt-10m": 64, "scgpt-base": 16}
+# As ranks of a training do (pretrain/world.py), glibc keeps freed buffers of up to 32 MiB: no page faults each step.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 MASK_VALUE, PAD_VALUE, MASK_RATIO = -1.0, -2.0, 0.4
 Batch = dict[str, np.ndarray]
 
@@ -167,7 +169,8 @@ class Side:
     def __init__(self, side: str, folder: Path) -> None:
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--side", side, "--folder", str(folder)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"})
+            stdout=subprocess.PIPE, text=True,
+            env=os.environ | KEEP_MEMORY | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"})
 
     def ask(self, word: str) -> dict[str, float]:
         """`step`: do one, its seconds and loss; `end`: peak memory, and the process ends."""

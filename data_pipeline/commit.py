@@ -31,7 +31,7 @@ from scgpt.errors import ConfigError, DataError, SourceError
 class Results:
     """What the passes of a build have found."""
 
-    hashes: Sequence[str | None]               # sha256 of each source of the plan; None where it could not be read
+    identities: Sequence[Record]               # `sha256` or `etag` of each source of the plan; {}: it cannot be read
     blocks: Sequence[Block]                    # of the sources that could be read, in the order of the plan
     records: Sequence[Record]                  # the result of each of these blocks
     equals: Sequence[Record]                   # the equal cells of each part of all hashes
@@ -60,7 +60,7 @@ def commit(build: BuildDir, plan: Plan, results: Results, *, timing: Mapping[str
         created_by=f"scgpt-pretrain {__version__}", expression_kind=plan.config.cells.expression_kind,
         vocab=VocabEntry(name=plan.config.portable()["vocab"], sha256=plan.vocab.sha256, tokens=len(plan.vocab)),
         columns=list(plan.config.columns), splits=splits,
-        sources=[_source_entry(plan.sources[place], results.hashes[place] or "", ledger, plan.config.columns)
+        sources=[_source_entry(plan.sources[place], results.identities[place], ledger, plan.config.columns)
                  for place, ledger in ledgers.items()],
         plan_sha256=plan.sha256, seed=plan.config.seed, config=dict(plan.config.portable()),
         duplicates=_duplicates(results, removed=plan.config.cells.remove_duplicates),
@@ -86,7 +86,8 @@ def refuse_mended(plan: Plan, manifest: Manifest) -> None:
     for entry in manifest.quarantined or []:
         source = next((source for source in plan.sources if source.name == entry.name), None)
         try:
-            mended = source is not None and source.path.sha256() != entry.sha256
+            mended = source is not None and source.path.identity() not in ({"sha256": entry.sha256},
+                                                                            {"etag": entry.etag})
         except SourceError:
             mended = False   # it cannot be read, still
         if mended:
@@ -153,7 +154,7 @@ def _quarantined(plan: Plan, results: Results) -> list[QuarantinedEntry]:
     for place, error in sorted(results.failed.items()):
         source = plan.sources[place]
         found.append(Quarantined.of(error, source.path, source.name, cells=source.n_cells,
-                                    sha256=results.hashes[place]))
+                                    **results.identities[place]))
     return [QuarantinedEntry(**asdict(source)) for source in found]
 
 
@@ -166,11 +167,12 @@ def _split_entry(plan: Plan, split: str, results: Results, groups: list[str] | N
                       shards=entries, compression=plan.config.shards.codec, groups=groups)
 
 
-def _source_entry(source: SourcePlan, digest: str, ledger: Ledger, columns: Sequence[str]) -> SourceEntry:
+def _source_entry(source: SourcePlan, identity: Mapping[str, str], ledger: Ledger,
+                  columns: Sequence[str]) -> SourceEntry:
     genes = source.genes
     own = {name: source.obs.own_name[name] for name in columns if name in source.obs.own_name}
     return SourceEntry(
-        name=source.name, file=source.path.name, bytes=source.bytes, sha256=digest, cells_in=ledger.cells_in,
+        name=source.name, file=source.path.name, bytes=source.bytes, **identity, cells_in=ledger.cells_in,
         cells_written=sum(ledger.cells_written.values()), filtered=dict(sorted(ledger.filtered.items())),
         values=ledger.values_written, expression_sum=ledger.sum_written, columns=own,
         genes=GeneSummary(style=genes.style, column=genes.column, n_genes=len(genes.tokens), n_mapped=genes.n_mapped,

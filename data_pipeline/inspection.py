@@ -26,9 +26,11 @@ _OBS_CELLS = 1 << 18         # cells of a source whose obs are looked at
 Facts = dict[str, Any]
 
 
-def inspect(place: Path | str, vocab: GeneVocab) -> Facts:
+def inspect(place: Path | str, vocab: GeneVocab, *, gene_table: str | None = None) -> Facts:
     """What is in a corpus, where there is a manifest, else in an atlas; see below."""
-    return inspect_corpus(place) if (Location.of(place) / MANIFEST).exists() else inspect_source(place, vocab)
+    if (Location.of(place) / MANIFEST).exists():
+        return inspect_corpus(place)
+    return inspect_source(place, vocab, gene_table=gene_table)
 
 
 def inspect_corpus(corpus: Path | str) -> Facts:
@@ -79,18 +81,18 @@ def _of_counts(counts: "Counter[str | None]") -> Facts:
             "commonest": {value: cells for cells, value in named[:COMMONEST]}}
 
 
-def inspect_source(place: Path | str, vocab: GeneVocab) -> Facts:
+def inspect_source(place: Path | str, vocab: GeneVocab, *, gene_table: str | None = None) -> Facts:
     """Kind, matrices and what their values look like, genes and how they meet a vocabulary, obs columns.
 
     Reads headers, the first values of each matrix, and the obs of at most _OBS_CELLS cells. Raises SourceError where
     the file is no atlas; a matrix or a column that cannot be read is told in its place.
     """
     location = Location.of(place)
-    with open_source(location) as source:
+    with open_source(location, gene_table=gene_table) as source:
         matrices = {source.layer: _matrix(source)}
         for layer in source.other_matrices():
             try:
-                with open_source(location, kind=source.kind, layer=layer) as other:
+                with open_source(location, kind=source.kind, layer=layer, gene_table=gene_table) as other:
                     matrices[layer] = _matrix(other)
             except ScgptError as error:
                 matrices[layer] = {"unreadable": str(error)}

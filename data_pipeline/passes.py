@@ -18,7 +18,7 @@ from data_pipeline.commit import Results
 from data_pipeline.duplicates import HashFile, n_parts
 from data_pipeline.plan import Block, Plan
 from data_pipeline.progress import Progress
-from data_pipeline.quarantine import note_failures, tried
+from data_pipeline.quarantine import failure, note_failures, tried
 from data_pipeline.stores import store_pieces, write_store_piece
 from data_pipeline.tasks import (
     Layout,
@@ -68,7 +68,7 @@ def carry_out(directory: BuildDir, plan: Plan, workers: Workers, progress: Progr
     """
     layout = Layout(directory, plan.config, plan.n_values, tuple(plan.splits[name].n_shards for name in SPLITS))
     with timed(seconds, "tokenise"):
-        hashes, blocks, records, failed = _tokenise(layout, plan, workers, progress)
+        identities, blocks, records, failed = _tokenise(layout, plan, workers, progress)
     if not blocks:
         raise next(iter(failed.values()))
     names = [source.name for source in plan.sources]
@@ -93,7 +93,7 @@ def carry_out(directory: BuildDir, plan: Plan, workers: Workers, progress: Progr
     if plan.config.shards.form == "zarr":
         with timed(seconds, "store"):
             stores = _write_stores(layout, plan, shards, value_type, workers, progress)
-    return Results(hashes, blocks, records, equals, shards, stores, failed)
+    return Results(identities, blocks, records, equals, shards, stores, failed)
 
 
 def _write_stores(layout: Layout, plan: Plan, shards: Mapping[str, Sequence[Record]], value_type: str, workers: Workers,
@@ -111,8 +111,8 @@ def _write_stores(layout: Layout, plan: Plan, shards: Mapping[str, Sequence[Reco
 
 
 def _tokenise(layout: Layout, plan: Plan, workers: Workers, progress: Progress,
-              ) -> tuple[list[str | None], list[Block], list[Record], dict[int, SourceError]]:
-    """The first pass: sha256 of each source, the blocks of those that could be read with their records, the others."""
+              ) -> tuple[list[Record], list[Block], list[Record], dict[int, SourceError]]:
+    """The first pass: what each source is known by, the blocks of those that were read, their records, the others."""
     shared = [workers.share(source) for source in plan.sources]
     cut, failed = _sources_to_cut(plan), dict[int, SourceError]()
     if cut:
@@ -129,8 +129,8 @@ def _tokenise(layout: Layout, plan: Plan, workers: Workers, progress: Progress,
     note_failures(failed, ((block.source, record) for block, record in zip(blocks, records, strict=True)))
     note_failures(failed, enumerate(hashed))
     read = [(block, record) for block, record in zip(blocks, records, strict=True) if block.source not in failed]
-    return ([record.get("sha256") for record in hashed], [block for block, _ in read], [record for _, record in read],
-            failed)
+    return ([{} if failure(record) else record for record in hashed], [block for block, _ in read],
+            [record for _, record in read], failed)
 
 
 def _sources_to_cut(plan: Plan) -> dict[int, list[int]]:

@@ -32,7 +32,6 @@ BLOCK_CELLS = 1 << 17           # and cells, where they have few values
 _VALUE_BYTES = 4                # the widest expression type: what a shard is planned with
 _CELL_BYTES = 24                # cell_id, two list offsets, a share of the batch headers
 _SCAN_CELLS = 1 << 20           # cells whose obs are looked at together
-_VALUE_S = 60e-9                # of one core for a value from gzip CSR to its shard, measured on a small cloud machine
 _DENSE_MARGIN = 1.25            # a dense matrix says only in its first rows how many values are zero
 
 
@@ -116,11 +115,6 @@ class Plan:
                     + 2 * self.sources[block.source].chunk_bytes for block in self.blocks)
         hashes = min(self.n_cells, PART_CELLS) * EQUAL_BYTES
         return 400 * 10**6 + max(block, 3 * self.config.shards.max_bytes, hashes)
-
-    @property
-    def core_s(self) -> float:
-        """A guess at the seconds that the passes take one core; many cores share them, disks may be slower."""
-        return self.n_values * _VALUE_S
 
 
 def make_plan(config: CorpusConfig) -> Plan:

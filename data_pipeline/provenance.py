@@ -40,13 +40,14 @@ GROUP_COLUMNS = ("dataset", "donor")
 Seen = dict[str, Any]
 
 
-def was_seen(corpus: Path | str, asked: str, *, sample: int | None = None) -> Seen:
+def was_seen(corpus: Path | str, asked: str, *, sample: int | None = None, gene_table: str | None = None) -> Seen:
     """Look a file, or a group such as a donor's id, up in a corpus.
 
     Args:
         corpus: a folder or URL.
         asked: path or URL of an atlas; else the value of a metadata column, or `column=value`.
         sample: look at so many cells of a file only, spread over it; None: at all.
+        gene_table: of a file that holds ids instead of genes: what they stand for.
 
     Returns plain values: `seen`, and what was found where. Raises DataError and SourceError for what cannot be read,
     ConfigError for a column that the corpus does not keep.
@@ -56,7 +57,7 @@ def was_seen(corpus: Path | str, asked: str, *, sample: int | None = None) -> Se
     column, mark, value = asked.partition("=")
     location = Location.of(asked)
     if location.exists():
-        return _file_seen(files, manifest, location, sample)
+        return _file_seen(files, manifest, location, sample, gene_table)
     if mark and column in (SOURCE, *GROUP_COLUMNS, *manifest.columns):
         return _group_seen(files, manifest, column, value)
     if "/" in asked or location.stem != location.name:   # a path with a slip in it is not answered with no
@@ -102,9 +103,10 @@ def _cells_with(files: CorpusFiles, manifest: Manifest, column: str,
 # ---- a file ----
 
 
-def _file_seen(files: CorpusFiles, manifest: Manifest, location: Location, sample: int | None) -> Seen:
+def _file_seen(files: CorpusFiles, manifest: Manifest, location: Location, sample: int | None,
+               gene_table: str | None) -> Seen:
     config = _settings_of(manifest, location)
-    with open_source(location, kind=config.kind, layer=config.layer) as source:
+    with open_source(location, kind=config.kind, layer=config.layer, gene_table=gene_table) as source:
         layer, groups = source.layer, _groups_of(source, config)
         hashes = _hashes_of(source, files, manifest, config, sample)
         n_cells = source.n_cells
@@ -146,8 +148,10 @@ def _same_file(manifest: Manifest, location: Location) -> str | None:
     """The source of the corpus that is this very file; it is hashed only where the size agrees with one."""
     size = location.fingerprint().bytes
     alike: list[SourceEntry] = [source for source in manifest.sources if source.bytes == size]
-    digest = location.sha256() if alike else ""
-    return next((source.name for source in alike if source.sha256 == digest), None)
+    known = {"sha256": location.sha256()} if any(source.sha256 for source in alike) else {}
+    known |= location.identity() if any(source.etag for source in alike) else {}
+    return next((source.name for source in alike if {"sha256": source.sha256, "etag": source.etag}.items()
+                 & known.items()), None)
 
 
 def _hashes_of(source: Source, files: CorpusFiles, manifest: Manifest, config: SourceConfig,

@@ -24,14 +24,15 @@ class Quarantined:
     file: str            # without its folder
     reason: str          # one sentence without a folder of this machine
     cells: int | None    # where it could be planned
-    sha256: str | None   # where the whole of it could be read
+    sha256: str | None = None   # where the whole of it could be read
+    etag: str | None = None     # instead, of what an object store keeps ETags of
 
     @classmethod
     def of(cls, error: SourceError, location: Location, name: str, *, cells: int | None = None,
-           sha256: str | None = None) -> "Quarantined":
+           sha256: str | None = None, etag: str | None = None) -> "Quarantined":
         """From what was raised about it."""
         text = error.what if error.where is None else f"{error.what} ({error.where})"
-        return cls(name, location.name, text.replace(str(location), location.name), cells, sha256)
+        return cls(name, location.name, text.replace(str(location), location.name), cells, sha256, etag)
 
 
 def tried(do: Callable[[], Record], on_error: str) -> Record:

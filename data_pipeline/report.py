@@ -119,7 +119,8 @@ def _source(source: SourceEntry) -> Report:
     kept = source.cells_written
     genes = source.genes.model_dump(exclude={"unmapped"})
     return {"name": source.name, "file": source.file, "bytes": source.bytes, "sha256": source.sha256,
-            "cells_in": source.cells_in, "cells_kept": kept, "cells_filtered": source.cells_in - kept,
+            "etag": source.etag, "cells_in": source.cells_in, "cells_kept": kept,
+            "cells_filtered": source.cells_in - kept,
             "kept_share": kept / max(source.cells_in, 1), "filtered": source.filtered,
             "mean_genes": source.values / kept if kept else None,
             "mean_counts": source.expression_sum / kept if kept else None,

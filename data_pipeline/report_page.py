@@ -253,8 +253,8 @@ def _files(report: Report) -> Html:
             for place, entry in enumerate(report["files"])]
     table = _table(["file", "bytes", "sha256"], rows, text=(0, 2))
     folded = table if len(rows) <= _FILES_SHOWN else tag("details", tag("summary", f"{len(rows):,} files"), table)
-    inputs = _table(["source", "bytes", "sha256"], [
-        [entry["file"], _number(report, "sources", place, "bytes"), tag("code", entry["sha256"])]
+    inputs = _table(["source", "bytes", "sha256 or ETag"], [
+        [entry["file"], _number(report, "sources", place, "bytes"), tag("code", entry["sha256"] or entry["etag"])]
         for place, entry in enumerate(report["sources"])], text=(0, 2))
     identity = _table(["", "sha256"], [[name, tag("code", value)] for name, value in (
         ("corpus", report["corpus"]["manifest_sha256"]), ("plan", report["corpus"]["plan_sha256"]),

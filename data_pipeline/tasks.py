@@ -46,11 +46,11 @@ class ShardTask:
 
 
 def hash_source(layout: Layout, number: int, source: SourcePlan) -> Record:
-    """sha256 of a whole source."""
+    """What the manifest knows a source by: `sha256` of the whole, or `etag` of what an object store keeps."""
     check_unchanged(source)
-    digest = source.path.sha256()
+    identity = source.path.identity()
     check_unchanged(source)
-    return layout.build.write_record(source_task(number), {"sha256": digest}, [])
+    return layout.build.write_record(source_task(number), identity, [])
 
 
 def cut_source(layout: Layout, number: int, source: SourcePlan, firsts: Sequence[int]) -> Record:
@@ -139,7 +139,7 @@ def merge_to_shard(layout: Layout, task: ShardTask, expression_type: str) -> Rec
 
 
 def source_task(number: int) -> str:
-    """Name of the record of a source's sha256."""
+    """Name of the record of what a source is known by."""
     return f"source-{number:05d}"
 
 

@@ -79,11 +79,13 @@ def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, r
 def data_plan(args: argparse.Namespace) -> Answer:
     """Print what a build would do."""
     from data_pipeline.config import CorpusConfig
+    from data_pipeline.estimate import estimate
     from data_pipeline.plan import make_plan
     from scgpt.config import load_config
 
     plan = make_plan(load_config(CorpusConfig, args.config, args.overrides, kind="corpus"))
-    return Answer(describe_plan(plan), plan_summary(plan))
+    time = estimate(plan)
+    return Answer(describe_plan(plan, time), plan_summary(plan, time))
 
 
 def data_build(args: argparse.Namespace) -> Answer:
@@ -114,9 +116,9 @@ def data_inspect(args: argparse.Namespace) -> Answer:
     from scgpt.vocab import GeneVocab
 
     if args.was_seen is not None:
-        seen = was_seen(args.target, args.was_seen, sample=args.sample)
+        seen = was_seen(args.target, args.was_seen, sample=args.sample, gene_table=args.gene_table)
         return Answer(describe_seen(seen), seen)
-    facts = inspect(args.target, GeneVocab.named(args.vocab))
+    facts = inspect(args.target, GeneVocab.named(args.vocab), gene_table=args.gene_table)
     return Answer(describe_facts(facts), facts)
 
 
@@ -313,6 +315,7 @@ def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     cmd.add_argument("--sample", type=_count, metavar="N", help="compare so many cells of the file (default: all)")
     cmd.add_argument("--vocab", default="scgpt-human", metavar="VOCAB",
                      help="which an atlas is held against: a name or a vocab.json (default: scgpt-human)")
+    cmd.add_argument("--gene-table", metavar="FILE", help="what the gene ids of a table of lists stand for")
     cmd = add("convert", data_convert, "write a corpus in another form or compression: the same cells, in their order",
               "scgpt data convert corpus form=zarr compression=lz4 --out cold")
     cmd.add_argument("corpus", metavar="CORPUS", help="its folder, or a URL such as s3://bucket/corpus")

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 from launch.inspection import describe_duplicates
 
 if TYPE_CHECKING:
+    from data_pipeline.estimate import Estimate
     from data_pipeline.plan import Plan
     from data_pipeline.vocabulary import BuiltVocab
     from pretrain.peek import Peek
     from scgpt.data.manifest import Manifest
 
 
-def plan_summary(plan: "Plan") -> dict[str, Any]:
+def plan_summary(plan: "Plan", time: "Estimate | None") -> dict[str, Any]:
     """What `scgpt data plan --json` answers."""
     return {
         "plan_sha256": plan.sha256,
@@ -19,7 +20,7 @@ def plan_summary(plan: "Plan") -> dict[str, Any]:
         "values": plan.n_values,
         "blocks": len(plan.blocks),
         "worker_bytes": plan.worker_bytes,
-        "core_s": plan.core_s,
+        "time": None if time is None else {**asdict(time), "wall_s": time.wall_s},
         "cells_limits": _limits(plan),
         "quarantined": [asdict(source) for source in plan.quarantined],
         "splits": {name: {"cells": split.cells, "values": split.values, "shards": split.n_shards,
@@ -34,8 +35,8 @@ def plan_summary(plan: "Plan") -> dict[str, Any]:
     }
 
 
-def describe_plan(plan: "Plan") -> str:
-    """A line a source, then what would be written."""
+def describe_plan(plan: "Plan", time: "Estimate | None") -> str:
+    """A line a source, then what would be written, and how long it would take."""
     width = max(len(source.name) for source in plan.sources)
     lines = [f"{source.name:{width}}  {source.n_cells:>11,} cells  {source.n_values:>15,} values of {source.layer}  "
              f"{source.genes.n_mapped:,} of {len(source.genes.tokens):,} genes in the vocabulary "
@@ -48,8 +49,14 @@ def describe_plan(plan: "Plan") -> str:
     splits = ", ".join(f"{name} at most {split.cells:,} cells with {split.values:,} values in {split.n_shards} shards, "
                        f"{_size(split.n_bytes)}" for name, split in plan.splits.items())
     total = f"{plan.n_cells:,} cells and {plan.n_values:,} values in {len(plan.blocks)} blocks of rows"
-    work = f"{plan.worker_bytes / 1e9:.1f} GB a worker, about {_duration(plan.core_s)} of one core"
-    return "\n".join([*lines, f"{total}; {work}", splits])
+    return "\n".join([*lines, f"{total}; {plan.worker_bytes / 1e9:.1f} GB a worker", splits, _describe_time(time)])
+
+
+def _describe_time(time: "Estimate | None") -> str:
+    if time is None:
+        return "time: not estimated, no source lets a few rows be read on their own"
+    return (f"time: about {_duration(time.wall_s)} on the {time.cores} cores of this machine, {_duration(time.core_s)} "
+            f"of one; judged by the first {time.cells:,} cells of {time.source}, without Ray's start")
 
 
 def _limits(plan: "Plan") -> dict[str, Any]:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from typing_extensions import override
 
-from data_pipeline.sources import elements
-from data_pipeline.sources.base import AUTO, INDEX, PROBE_VALUES, RAW, Source, X, are_counts
+from data_pipeline.sources import base, elements
+from data_pipeline.sources.base import AUTO, INDEX, RAW, Source, X, are_counts
 from data_pipeline.sources.compressed import StoredMatrix
 from data_pipeline.sources.elements import Element
 from data_pipeline.sources.faults import reading
@@ -154,7 +154,7 @@ class AnnDataFile(Source):
     def stored_share(self) -> float:
         if self.format != "dense" or not self.n_cells or not self.n_genes:
             return 1.0
-        rows = min(self.n_cells, max(PROBE_VALUES // self.n_genes, 1))
+        rows = min(self.n_cells, max(base.PROBE_VALUES // self.n_genes, 1))
         return float(self.read_rows(0, rows).nnz / (rows * self.n_genes))
 
     @override
@@ -168,6 +168,13 @@ class AnnDataFile(Source):
                 return read_block(self._row_blocks, first, last, self.n_genes, self._sparse.data.dtype)
             return select_rows(self._sparse.slabs(SCAN_VALUES), first, (last - first, self.n_genes),
                                self._sparse.data.dtype)
+
+    @override
+    def probe(self) -> NDArray[np.generic]:
+        if self.format != "csc":
+            return super().probe()
+        with self._reading(f"{self.layer}, first values"):   # of the first columns: rows lie all over the file
+            return next((values for _, _, values in self._sparse.slabs(base.PROBE_VALUES)), np.zeros(0))
 
     @property
     @override

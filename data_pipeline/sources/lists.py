@@ -5,8 +5,7 @@ so is a first entry without an expression (negative or missing) whose id the tab
 like that by scGPT's and Tahoe-100M's tables. Any other unknown id is a fault.
 """
 import json
-from collections.abc import Sequence
-from fnmatch import fnmatch
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,11 @@ from data_pipeline.sources.faults import reading
 from data_pipeline.sources.gene_table import SPECIAL, UNKNOWN, GeneTable
 from data_pipeline.sources.location import Location
 from data_pipeline.sources.obs_columns import is_plain, plain
-from data_pipeline.sources.tables import ARROW, PARQUET, Table, open_table
+from data_pipeline.sources.tables import ARROW, EXPRESSIONS, GENES, JSON, PARQUET, Table, open_table
 from scgpt.errors import ConfigError, SourceError
 
-GENES, EXPRESSIONS = "genes", "expressions"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"            # of `datasets`' save_to_disk
-_BANK, _BANK_VOCAB, _TABLE = "manifest.json", "gene_vocab.json", ".datatable.parquet"   # of scBank
+_BANK, _BANK_VOCAB, _TABLE = "manifest.json", "gene_vocab.json", ".datatable"   # of scBank
 
 
 class ListTable(Source):
@@ -126,30 +124,29 @@ class ListTable(Source):
 class ScBank(ListTable):
     """A folder as scGPT's scBank writes it: tables, what their ids stand for, and which table is the main one."""
 
-    def __init__(self, path: Location, tables: Sequence[str], gene_table: Location | str, *, name: str,
+    def __init__(self, path: Location, tables: Mapping[str, str], gene_table: Location | str, *, name: str,
                  layer: str) -> None:
-        self._tables = tables
-        super().__init__(path, [path / f"{layer}{_TABLE}"], gene_table, name=name, layer=layer)
+        self._tables = tables   # layer -> its file
+        super().__init__(path, [path / tables[layer]], gene_table, name=name, layer=layer)
 
     @classmethod
     @override
     def open(cls, location: Location, *, name: str, layer: str = AUTO, gene_table: str | None = None) -> "ScBank":
         """Choose a table: the one named by `layer`, else the main one of the manifest, else the only one."""
         names = location.names()
-        tables = [file.removesuffix(_TABLE) for file in names if file.endswith(_TABLE)]
+        tables = {file.removesuffix(f"{_TABLE}{ending}"): file for ending in (*JSON, *PARQUET)   # Parquet before JSON
+                  for file in names if file.endswith(f"{_TABLE}{ending}")}
         if not tables:
-            written = [file for file in names if fnmatch(file, "*.datatable.json")]
-            raise SourceError(f"its tables are JSON: {', '.join(written[:3])}" if written else
-                              f"it holds no table (NAME{_TABLE})", where=str(location),
-                              fix="write them as Parquet: set on_disk_format to parquet before DataBank.sync()")
+            raise SourceError(f"it holds no table (NAME{_TABLE}.parquet or NAME{_TABLE}.json)", where=str(location),
+                              fix="give a folder that scGPT's DataBank has written, with its tables in it")
         if gene_table is None and _BANK_VOCAB not in names:
             raise SourceError(f"it holds no {_BANK_VOCAB}", where=str(location),
                               fix="put the vocabulary beside the tables, or give it as gene_table")
         if layer == AUTO:
             with reading(location, _BANK):
                 main = _json(location / _BANK).get("main_data") if _BANK in names else None
-            layer = str(main) if main in tables else tables[0] if len(tables) == 1 else AUTO
-        _check_layer(layer, tables, location)
+            layer = str(main) if main in tables else next(iter(tables)) if len(tables) == 1 else AUTO
+        _check_layer(layer, list(tables), location)
         return cls(location, tables, gene_table or location / _BANK_VOCAB, name=name, layer=layer)
 
     @override

@@ -9,36 +9,23 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from data_pipeline.sources.storage import REMOTE_BLOCK_BYTES, Entry, entry_of, file_system
 from scgpt import files
 from scgpt.errors import ConfigError, ScgptError, SourceError
 
 _EDGE_BYTES = 1 << 20         # read at either end of a file for its fingerprint
 _FOLDER_EDGE_BYTES = 1 << 16  # and of each of some files of a folder:
 _EDGE_FILES = 16              # that many of the smallest (there the shapes and types are), as many spread over all
-_REMOTE_BLOCK_BYTES = 1 << 20  # a request of a remote file; BlockCache holds 32 of them
 _STREAM_BYTES = 8 << 20       # a request while a whole remote file is read
-# What a storage says of an object's state, the surest first.
-_STATE_KEYS = ("ETag", "etag", "md5Hash", "Content-MD5", "content_md5", "generation", "VersionId", "LastModified",
-               "Last-Modified", "last_modified", "updated", "mtime", "modified", "created")
 # Endings that are no part of a source's name, the longest first.
 _SUFFIXES = (".datatable.parquet", ".zarr.zip", ".h5ad", ".zarr", ".parquet", ".arrow", ".soma", ".scb", ".mtx.gz",
              ".mtx", ".h5", ".zip", ".gz")
 _HTTP = ("http", "https")
-CENSUS = "s3://cellxgene-census-public-us-west-2/"   # open to all, without credentials, in its own region
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A file of a source."""
-
-    name: str     # below the folder, with `/`; of a file: its own name
-    bytes: int
-    state: str    # changes when the file is written: time of modification, ETag or what else the storage says
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +135,18 @@ class Location:
         with self._access():
             return self._remote_files() if self.is_remote else self._local_files()
 
+    def file_system(self) -> Any:
+        """The fsspec file system behind a URL, as the environment and its configuration files set it up."""
+        with self._access():
+            return self._system()[0]
+
     def open(self) -> BinaryIO:
         """The file's bytes, seekable; a remote one by blocks of 1 MiB, of which 32 are kept."""
         with self._access():
             if not self.is_remote:
                 return Path(self.url).open("rb")
             system, path = self._system()
-            stream = system.open(path, "rb", block_size=_REMOTE_BLOCK_BYTES, cache_type="blockcache")
+            stream = system.open(path, "rb", block_size=REMOTE_BLOCK_BYTES, cache_type="blockcache")
             if not stream.seekable():
                 stream.close()
                 raise _no_parts(self)
@@ -187,11 +179,24 @@ class Location:
         """The state of all its files now, to be held against that of a fingerprint; reads no content."""
         return _state(self.files())
 
+    def identity(self) -> dict[str, str]:
+        """What a manifest knows the source by: `etag` where a storage keeps one of each of its files, else `sha256`.
+
+        The ETag or version of a file; of a folder the sha256 over `name NUL etag newline` of its files, sorted. Nothing
+        is read for it. It says which upload it was, not which content: a copy elsewhere has another.
+        """
+        entries = self.files()
+        if not entries or not all(entry.etag for entry in entries):
+            return {"sha256": self.sha256()}
+        if not self.is_folder():
+            return {"etag": entries[0].etag.strip('"')}
+        told = "".join(f"{entry.name}\0{entry.etag}\n" for entry in entries)
+        return {"etag": hashlib.sha256(told.encode()).hexdigest()}
+
     def sha256(self) -> str:
         """Hex digest of the whole content: of a file; of a folder, over `name NUL digest newline` of its files, sorted.
 
-        Every byte is read, of a remote source too: the digests that storages keep say which upload it was, not which
-        content.
+        Every byte is read.
         """
         if not self.is_folder():
             return self._file_sha256()
@@ -242,24 +247,14 @@ class Location:
     def _remote_files(self) -> list[Entry]:
         system, path = self._system()
         if not self.is_folder():
-            return [_entry(self.name, system.info(path))]
+            return [entry_of(self.name, system.info(path))]
         base = path.rstrip("/") + "/"
         found = system.find(path, detail=True)
-        return sorted((_entry(str(name).removeprefix(base), about) for name, about in found.items()),
+        return sorted((entry_of(str(name).removeprefix(base), about) for name, about in found.items()),
                       key=lambda entry: entry.name)
 
     def _system(self) -> tuple[Any, str]:
-        """The file system of a URL with nothing remembered of earlier looks, and the path in it."""
-        from fsspec import available_protocols
-        from fsspec.core import url_to_fs
-
-        if self.scheme not in available_protocols():
-            raise ConfigError(f"no storage is known as {self.scheme}://", where=str(self),
-                              fix="give a path, or a URL that fsspec opens, such as s3://BUCKET/NAME")
-        options = {"anon": True, "client_kwargs": {"region_name": "us-west-2"}} if self.url.startswith(CENSUS) else {}
-        system, path = url_to_fs(self.url, **options)
-        system.invalidate_cache()
-        return system, path
+        return file_system(self.url, shown=str(self))
 
     @contextlib.contextmanager
     def _access(self) -> Iterator[None]:
@@ -288,12 +283,6 @@ class Location:
         text = " ".join(text.replace(self.url, str(self)).split()).strip("'\"")
         text = re.sub(r"//[^/@\s]*@", "//", re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", text))
         return text[:200] or type(error).__name__
-
-
-def _entry(name: str, about: Mapping[str, Any]) -> Entry:
-    if about.get("size") is None:
-        raise SourceError("the server does not tell the size of the file", where=name, fix="download it first")
-    return Entry(name, int(about["size"]), next((str(about[key]) for key in _STATE_KEYS if about.get(key)), ""))
 
 
 def _no_parts(location: Location) -> SourceError:

@@ -16,7 +16,7 @@ from typing_extensions import override
 from data_pipeline.sources.base import AUTO, INDEX, RAW, Source
 from data_pipeline.sources.compressed import check_indices
 from data_pipeline.sources.faults import reading
-from data_pipeline.sources.location import CENSUS, Location
+from data_pipeline.sources.location import Location
 from data_pipeline.sources.obs_columns import is_plain, plain
 from data_pipeline.sources.rechunk import to_csr
 from scgpt.errors import ConfigError, SourceError
@@ -165,11 +165,25 @@ class SomaExperiment(Source):
 
 
 def _config(location: Location) -> dict[str, str | float]:
-    """Settings of TileDB: what it may hold; the Census's public bucket is open to all, in its own region."""
+    """Settings of TileDB: what it may hold, and how it reaches an S3 server, which it does without fsspec.
+
+    Its own client reads the environment and ~/.aws for credentials, but for neither the endpoint nor what fsspec was
+    configured with: s3fs is asked for these.
+    """
     settings: dict[str, str | float] = {"soma.init_buffer_bytes": _BUFFER_BYTES, "sm.mem.total_budget": _TILE_BYTES}
-    if location.url.startswith(CENSUS):
-        settings |= {"vfs.s3.no_sign_request": "true", "vfs.s3.region": "us-west-2"}
-    return settings
+    if location.scheme != "s3":
+        return settings
+    system = location.file_system()
+    about = system.s3.meta
+    scheme, _, host = about.endpoint_url.partition("://")
+    settings["vfs.s3.region"] = about.region_name
+    if not host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        settings |= {"vfs.s3.endpoint_override": host.rstrip("/"), "vfs.s3.scheme": scheme,
+                     "vfs.s3.use_virtual_addressing": "false"}
+    if system.anon:
+        settings["vfs.s3.no_sign_request"] = "true"
+    given = {"aws_access_key_id": system.key, "aws_secret_access_key": system.secret, "aws_session_token": system.token}
+    return settings | {f"vfs.s3.{name}": value for name, value in given.items() if value}
 
 
 def _choose_measurement(present: list[str], path: Location) -> str:

@@ -1,7 +1,7 @@
-"""Tables of cells in one or many files, Parquet or Arrow IPC, read by row ranges: their pieces, and the rows of some.
+"""Tables of cells in one or many files, Parquet, Arrow IPC or lines of JSON, read by row ranges.
 
-A piece is a row group or a record batch: rows are found by it, and it is what memory is bounded by. Where pieces lie is
-read once a process and kept as long as the files stay as they are: a table may have thousands of files.
+A piece is a row group, a record batch or some lines: rows are found by it, and it is what memory is bounded by. Where
+pieces lie is read once a process and kept as long as the files stay as they are: a table may have thousands of files.
 """
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from data_pipeline.sources.arrow_stream import ArrowFile
+from data_pipeline.sources.json_lines import JsonLines
 from data_pipeline.sources.location import Location
 
-PARQUET, ARROW = (".parquet",), (".arrow", ".feather", ".ipc")
+PARQUET, ARROW, JSON = (".parquet",), (".arrow", ".feather", ".ipc"), (".json",)
+GENES, EXPRESSIONS = "genes", "expressions"   # the list columns of a cell
+_LISTS = {GENES: pa.list_(pa.int64()), EXPRESSIONS: pa.list_(pa.float64())}   # where the file itself does not say it
 _BATCH_ROWS = 1024          # rows of a Parquet row group decoded at once
 _BUFFER_BYTES = 1 << 20     # read ahead of a column of a row group
 
@@ -29,7 +32,7 @@ class Table:
     pieces: NDArray[np.int64]         # (pieces, 2)  file and number in it
     rows_before: NDArray[np.int64]    # (pieces + 1,)
     values_before: NDArray[np.int64]  # (pieces + 1,)  entries of the list column
-    arrow: dict[int, ArrowFile] = field(repr=False)   # file -> layout; empty for Parquet
+    layouts: dict[int, ArrowFile | JsonLines] = field(repr=False)   # file -> where its pieces lie; not of Parquet
     piece_bytes: int                  # held at once beside the rows that are asked for
 
     @property
@@ -66,8 +69,8 @@ class Table:
             raise ValueError(f"the rows end at {place}")
 
     def _batches(self, number: int, pieces: Sequence[int], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        if number in self.arrow:
-            yield from self.arrow[number].read_batches(pieces, columns)
+        if number in self.layouts:
+            yield from self.layouts[number].read_batches(pieces, columns)
             return
         with self.files[number].open() as stream, _parquet(stream) as file:
             for batch in file.iter_batches(_BATCH_ROWS, row_groups=pieces, columns=list(columns), use_threads=False):
@@ -80,7 +83,7 @@ def open_table(files: tuple[Location, ...], column: str | None, state: str) -> T
     """Read where the pieces of files lie, and their schema.
 
     Args:
-        files: all Parquet or all Arrow IPC.
+        files: all Parquet, all Arrow IPC or all JSON.
         column: the list column whose entries are counted; None, for Parquet alone: none is.
         state: of all of them together; another state is another table.
 
@@ -89,7 +92,7 @@ def open_table(files: tuple[Location, ...], column: str | None, state: str) -> T
     pieces, rows, values = [], [0], [0]
     largest = 2 * _BUFFER_BYTES
     schema: pa.Schema | None = None
-    arrow = {}
+    layouts: dict[int, ArrowFile | JsonLines] = {}
     for number, place in enumerate(files):
         if place.name.endswith(PARQUET):
             with place.open() as stream, _parquet(stream) as file:
@@ -97,14 +100,16 @@ def open_table(files: tuple[Location, ...], column: str | None, state: str) -> T
         elif column is None:
             raise ValueError(f"{place.name} is not named as a Parquet file")
         else:
-            arrow[number] = ArrowFile.read(place, column)
-            found, layout = arrow[number].schema, [(batch.rows, batch.values) for batch in arrow[number].batches]
-            largest = max([largest, *(2 * batch.bytes for batch in arrow[number].batches)])   # compressed, and not
+            held = (JsonLines.read(place, column, _LISTS) if place.name.endswith(JSON) else
+                    ArrowFile.read(place, column))
+            layouts[number], found = held, held.schema
+            layout = [(batch.rows, batch.values) for batch in held.batches]
+            largest = max([largest, *(2 * batch.bytes for batch in held.batches)])   # compressed (as text), and not
         schema = found if schema is None else _common(schema, found, place)
         pieces += [(number, piece) for piece in range(len(layout))]
         rows += [count for count, _ in layout]
         values += [count for _, count in layout]
-    return Table(files, schema, np.array(pieces, np.int64).reshape(-1, 2), np.cumsum(rows), np.cumsum(values), arrow,
+    return Table(files, schema, np.array(pieces, np.int64).reshape(-1, 2), np.cumsum(rows), np.cumsum(values), layouts,
                  largest)
 
 

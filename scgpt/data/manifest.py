@@ -135,7 +135,8 @@ class SourceEntry(Entry):
     name: str
     file: str
     bytes: int
-    sha256: str
+    sha256: str | None = None       # of the whole file; of a folder, of the names and sha256 of its files
+    etag: str | None = None         # instead, of what an object store keeps ETags of: nothing is read twice for it
     cells_in: int
     cells_written: int
     filtered: dict[str, int]        # reason -> cells
@@ -153,6 +154,7 @@ class QuarantinedEntry(Entry):
     reason: str
     cells: int | None = None        # where its header could be read
     sha256: str | None = None       # where the whole file could be read
+    etag: str | None = None
 
 
 class DuplicatesEntry(Entry):

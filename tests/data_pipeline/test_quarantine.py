@@ -65,7 +65,7 @@ def column_beyond(folder: Path) -> Path:
 
 def by_columns(folder: Path) -> Path:
     counts = random_counts(5, 300, 400)
-    counts.data[counts.indptr[299]] = 0.5
+    counts.data[counts.indptr[300] - 1] = 0.5   # of the last column that the cell has
     return write_h5ad(folder / "poor.h5ad", sparse.csc_matrix(counts))
 
 

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from pyarrow import feather, parquet
 
 from data_pipeline import plan
-from data_pipeline.sources import Source, open_source, tables
+from data_pipeline.sources import Source, json_lines, open_source, tables
 from scgpt.errors import ConfigError, ScgptError, SourceError
 from tests.data_pipeline.atlases import build_here, cells_of, config_of, random_counts, write_h5ad
 from tests.data_pipeline.sources.formats import FIRST_ID, gene_names, lists_of, on_memory, vocab_of, write_vocab
@@ -202,24 +202,28 @@ def test_a_build_has_the_cells_of_the_same_h5ad(tmp_path: Path, block_values: in
         assert cells_of(tmp_path / form / "corpus") == cells_of(tmp_path / "expected")
 
 
-def write_bank(path: Path, **tables_of: Any) -> Path:
-    """As scGPT's DataBank.sync() writes it with on_disk_format parquet."""
+def write_bank(path: Path, form: str = "parquet", **tables_of: Any) -> Path:
+    """As scGPT's DataBank.sync() writes it with on_disk_format parquet or json."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
     path.mkdir()
     for name, counts in tables_of.items():
-        Dataset.from_dict({"id": list(range(counts.shape[0])), **lists_of(counts)}).to_parquet(
-            path / f"{name}.datatable.parquet")
-    about = {"on_disk_format": "parquet", "main_data": next(iter(tables_of)), "gene_vocab_md5": None}
+        n_cells = counts.shape[0]
+        table = Dataset.from_dict({"id": list(range(n_cells)), "day": ["2024-01-01"] * n_cells, **lists_of(counts)})
+        getattr(table, f"to_{form}")(str(path / f"{name}.datatable.{form}"))
+    about = {"on_disk_format": form, "main_data": next(iter(tables_of)), "gene_vocab_md5": None}
     (path / "manifest.json").write_text(json.dumps(about, indent=2))
     (path / "studytable.json").write_text(json.dumps({"study_ids": None}))
-    write_vocab(path / "gene_vocab.json", 40)
+    write_vocab(path / "gene_vocab.json", next(iter(tables_of.values())).shape[1])
     return path
 
 
-def test_an_scbank_folder_is_read_by_its_own_vocabulary(tmp_path: Path) -> None:
-    path = write_bank(tmp_path / "heart.scb", X=COUNTS, spliced=random_counts(2, 60, 40))
+@pytest.mark.parametrize("form", ["parquet", "json"])
+def test_an_scbank_folder_is_read_by_its_own_vocabulary(tmp_path: Path, form: str,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_lines, "_PIECE_BYTES", 1000)
+    path = write_bank(tmp_path / "heart.scb", form, X=COUNTS, spliced=random_counts(2, 60, 40))
     build_here(config_of(write_h5ad(tmp_path / "heart.h5ad", COUNTS)), tmp_path / "expected")
     build_here(config_of(path), tmp_path / "found")
     assert cells_of(tmp_path / "found") == cells_of(tmp_path / "expected")
@@ -227,8 +231,35 @@ def test_an_scbank_folder_is_read_by_its_own_vocabulary(tmp_path: Path) -> None:
         assert (source.kind, source.name, source.layer) == ("scbank", "heart", "X")
         assert source.other_matrices() == ["spliced"]
         assert source.obs(["id"], 2, 4)["id"].to_pylist() == [2, 3]
+        assert source.obs(["day"], 2, 4)["day"].to_pylist() == ["2024-01-01"] * 2
     with open_source(path, layer="spliced") as source:
         assert np.array_equal(source.read_rows(0, 60).toarray(), random_counts(2, 60, 40).toarray())
+
+
+@settings(max_examples=15, deadline=None)
+@given(hnp.arrays(np.float64, st.tuples(st.integers(1, 12), st.integers(1, 9)), elements=st.integers(0, 3).map(float)),
+       st.integers(1, 300), st.data())
+def test_any_matrix_reads_back_from_json(tmp_path_factory: pytest.TempPathFactory, values: np.ndarray,
+                                         piece_bytes: int, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, len(values)))
+    last = data.draw(st.integers(first, len(values)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_lines, "_PIECE_BYTES", piece_bytes)
+        with open_source(write_bank(tmp_path_factory.mktemp("b") / "a.scb", "json", X=values)) as source:
+            assert np.array_equal(source.read_rows(first, last).toarray(), values[first:last])
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "X.datatable.json is empty"), ("\n \n", "is empty"), ("{}", "no list column 'genes'"), ("[1, 2]", "cannot be"),
+    ('{"genes": [3], "expressions": ["a"]}', "changed from .* to string"), ('{"genes": [3], "expressio', "JSON parse"),
+    ('{"genes": ["A"], "expressions": [1.0]}', "changed from .* to string"), ('{"genes": [3]}', "no column 'express"),
+    ('{"genes": [3], "expressions": [1, 2]}', "row 0 has 1 genes and 2"), ('{"genes": null, "expressions": null}',
+                                                                           "row 0 has None genes")])
+def test_json_that_is_no_table_is_told(tmp_path: Path, text: str, message: str) -> None:
+    path = write_bank(tmp_path / "a.scb", "json", X=COUNTS)
+    (path / "X.datatable.json").write_text(text)
+    with pytest.raises(SourceError, match=message), open_source(path) as source:
+        source.read_rows(0, source.n_cells)
 
 
 def test_what_is_missing_of_a_table_is_told(tmp_path: Path) -> None:
@@ -246,11 +277,9 @@ def test_what_is_missing_of_a_table_is_told(tmp_path: Path) -> None:
     (bank / "gene_vocab.json").unlink()
     with pytest.raises(SourceError, match="it holds no gene_vocab.json"):
         open_source(bank)
-    json_bank = tmp_path / "b.scb"
-    json_bank.mkdir()
-    (json_bank / "X.datatable.json").write_text("{}")
-    with pytest.raises(SourceError, match="its tables are JSON: X.datatable.json"):
-        open_source(json_bank)
+    (tmp_path / "b.scb").mkdir()
+    with pytest.raises(SourceError, match="it holds no table"):
+        open_source(tmp_path / "b.scb")
 
 
 def test_a_dictionary_of_datasets_names_its_splits(tmp_path: Path) -> None:
@@ -311,19 +340,21 @@ def test_a_file_that_changes_is_read_anew(tmp_path: Path) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(["parquet", "stream", "file"]), st.integers(0, 2**31), st.integers(1, 20))
+@given(st.sampled_from(["parquet", "stream", "file", "json"]), st.integers(0, 2**31), st.integers(1, 20))
 def test_random_bytes_in_a_file_give_an_error_or_values(tmp_path_factory: pytest.TempPathFactory, form: str, seed: int,
                                                         n_bytes: int) -> None:
     folder = tmp_path_factory.mktemp("g")
-    path = FORMS[form](folder, table_of(random_counts(1, 30, 20)), 7)
+    counts = random_counts(1, 30, 20)
+    bank = write_bank(folder / "a.scb", "json", X=counts) if form == "json" else None
+    path = FORMS[form](folder, table_of(counts), 7) if bank is None else bank / "X.datatable.json"
     draw = np.random.default_rng(seed)
     content = bytearray(path.read_bytes())
     for place in draw.integers(0, len(content), n_bytes):
         content[place] = draw.integers(256)
     path.write_bytes(content)
     try:
-        with open_source(path, gene_table=str(write_vocab(folder / "vocab.json", 20))) as source:
+        with open_source(bank or path, gene_table=str(write_vocab(folder / "vocab.json", 20))) as source:
             rows = source.read_rows(0, source.n_cells)
             assert rows.shape == (source.n_cells, 20)
     except ScgptError as error:
-        assert str(path) in str(error)  # noqa: PT017 some damage does not show
+        assert str(bank or path) in str(error)  # noqa: PT017 some damage does not show

@@ -8,7 +8,7 @@ import fsspec
 import pytest
 
 from data_pipeline.sources import Location
-from data_pipeline.sources.location import CENSUS
+from data_pipeline.sources.storage import CENSUS, Entry
 from scgpt.errors import ConfigError, SourceError
 from scgpt.files import sha256
 
@@ -128,6 +128,19 @@ def test_the_same_content_has_one_fingerprint_wherever_it_lies(tmp_path: Path) -
     system.rm("/elsewhere", recursive=True)
 
 
+def test_etags_stand_for_the_content_where_every_file_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Location.of(tmp_path / "a")
+    for name in ("b", "c"):
+        put(place / name, b"one")
+    assert place.identity() == {"sha256": place.sha256()}
+    entries = [Entry("b", 3, "s", '"1"'), Entry("c", 3, "s", '"2"')]
+    monkeypatch.setattr(Location, "files", lambda place: entries if place.is_folder() else entries[:1])
+    assert place.identity() == {"etag": hashlib.sha256(b'b\0"1"\nc\0"2"\n').hexdigest()}
+    assert (place / "b").identity() == {"etag": "1"}
+    entries[1] = Entry("c", 3, "s")
+    assert "sha256" in place.identity()
+
+
 def test_globs_are_expanded_in_order_and_brackets_in_names_are_kept(root: Location) -> None:
     for name in ("b.h5ad", "a.h5ad", "c/d.h5ad", "c.txt", "odd[1].h5ad"):
         put(root / name, b"x")
@@ -170,5 +183,5 @@ def test_what_cannot_be_reached_is_one_sentence(url: str, error: type[Exception]
 def test_the_public_bucket_of_the_census_is_read_as_nobody() -> None:
     """No credentials are looked for: who has none can read it, and nobody's are sent."""
     pytest.importorskip("s3fs", reason="the extra [remote] is not installed")
-    assert Location.of(f"{CENSUS}cell-census/x")._system()[0].anon is True
-    assert Location.of("s3://another-bucket/x")._system()[0].anon is False
+    assert Location.of(f"{CENSUS}cell-census/x").file_system().anon is True
+    assert Location.of("s3://another-bucket/x").file_system().anon is False

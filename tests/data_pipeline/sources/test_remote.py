@@ -9,6 +9,7 @@ from scipy import sparse
 
 from data_pipeline.plan import check_unchanged, make_plan
 from data_pipeline.sources import Location
+from scgpt.data import Manifest
 from scgpt.errors import ScgptError, SourceError
 from tests.data_pipeline.atlases import (
     BLOOD,
@@ -161,7 +162,11 @@ def test_a_build_with_ray_from_s3_is_the_local_one(tmp_path: Path, bucket: str, 
     config = config_of(f"{bucket}/{path.name}")
     build(config, tmp_path / "remote")
     build_here(config_of(path), tmp_path / "local")
-    assert bytes_of(tmp_path / "remote") == bytes_of(tmp_path / "local")
+    remote, local = bytes_of(tmp_path / "remote"), bytes_of(tmp_path / "local")
+    known = [Manifest.read(tmp_path / name).sources[0] for name in ("remote", "local")]
+    assert [(source.etag is None, source.sha256 is None) for source in known] == [(False, True), (True, False)]
+    assert remote.pop("manifest.json") != local.pop("manifest.json")   # by these, and nothing else
+    assert remote == local
     source = make_plan(config).sources[0]
     check_unchanged(source)
     changed = f"{bucket}/{path.name}" if kind == "h5ad" else f"{bucket}/{path.name}/zarr.json"

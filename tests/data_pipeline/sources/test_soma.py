@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,9 @@ from data_pipeline.plan import make_plan
 from data_pipeline.sources import open_source, soma
 from scgpt.data import Manifest
 from scgpt.errors import ConfigError, ScgptError, SourceError
-from tests.data_pipeline.atlases import build_here, cells_of, config_of, random_counts, write_h5ad
+from tests.data_pipeline.atlases import ROOT, build_here, cells_of, config_of, random_counts, write_h5ad
 from tests.data_pipeline.sources.formats import gene_names
+from tests.s3_server import bucket_named
 
 tiledbsoma = pytest.importorskip("tiledbsoma", reason="the extra [census] is not installed")
 pytest.importorskip("tiledbsoma.io")
@@ -161,3 +165,24 @@ def test_damaged_arrays_give_an_error_or_values(tmp_path: Path, array: str) -> N
                 assert source.read_rows(0, source.n_cells).shape == (30, 20)
         except ScgptError as error:
             assert str(path) in str(error)  # noqa: PT017 some damage does not show
+
+
+@pytest.mark.slow
+def test_an_experiment_on_s3_is_the_local_one(tmp_path: Path, experiment: Path) -> None:
+    """In a process of its own: TileDB keeps Python's lock while it waits for the server, which is in this one."""
+    import s3fs
+
+    config = {"cells": {"filter": 'tissue == "blood"'}, "columns": ["tissue"], "genes": {"min_gene_overlap": 0.1}}
+    build_here(config_of(experiment, **config), tmp_path / "expected")
+    with bucket_named("census") as bucket:
+        s3fs.S3FileSystem().put(str(experiment), f"{bucket}/{experiment.name}", recursive=True)
+        program = ("import sys; from pathlib import Path; from tests.data_pipeline.atlases import *\n"
+                   f"build_here(config_of('{bucket}/{experiment.name}', **{config!r}), Path(sys.argv[1]))")
+        done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "found")], cwd=ROOT, text=True,
+                              check=False, capture_output=True, timeout=200,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert cells_of(tmp_path / "found") == cells_of(tmp_path / "expected")
+    source = Manifest.read(tmp_path / "found").sources[0]
+    assert source.sha256 is None   # nothing but the cells was read
+    assert source.etag is not None

@@ -5,10 +5,12 @@ in float64 (`numpy.quantile`, to the bit). A value x with `below` edges < x and 
 evenly from below + 1 .. upto (tie rule "spread": upstream's main), or `upto` ("highest": upstream's pretraining
 branches). A value between two edges has below == upto and gets that number. Bins are 1 .. B - 1; 0 stays that of zero.
 
-Counts are small integers, so sorting is counting and a bin is two table look-ups. Values of any type are sorted as
-32-bit keys that rise with the value: an integer itself, or the bits of a positive float32.
+Nearly all counts are small integers, so sorting is counting and a bin is a table look-up; the few larger ones of a
+cell are sorted and compared with the edges. Values of any type are sorted as 32-bit keys that rise with the value: an
+integer itself, or the bits of a positive float32.
 """
 import functools
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -17,9 +19,27 @@ from numpy.typing import NDArray
 from scgpt.errors import DataError
 from scgpt.rng import PURPOSE_BIN_TIES, stream, uniform
 
+TABLE = 256   # integers below this are sorted by counting and binned by look-up
+FEW = 32      # keys that are sorted by insertion
 DIGIT_BITS = 11
-TABLE = 1 << DIGIT_BITS   # integers below this are sorted in one pass and binned by look-up
-_DIGIT = TABLE - 1
+_LAST_DIGIT = (1 << DIGIT_BITS) - 1
+
+
+class Scratch(NamedTuple):
+    """What the steps hand to each other, used again for every cell."""
+
+    sorted_keys: NDArray[np.uint32]  # (longest cell,)
+    spare: NDArray[np.uint32]        # (longest cell,)
+    ends: NDArray[np.int32]          # (4, TABLE + 1) counters of the values; then how many are up to each
+    starts: NDArray[np.int32]        # (digits,) of the radix sort
+    edges: NDArray[np.float64]       # (n_bins - 1,)
+    table: NDArray[np.uint32]        # (TABLE,) of each value its highest bin; in the upper 16 bits, edges that equal it
+
+
+def scratch_for(longest: int, n_bins: int) -> Scratch:
+    """Room for cells of up to `longest` values."""
+    return Scratch(np.empty(longest, np.uint32), np.empty(longest, np.uint32), np.empty((4, TABLE + 1), np.int32),
+                   np.empty(_LAST_DIGIT + 1, np.int32), np.empty(n_bins - 1), np.empty(TABLE, np.uint32))
 
 
 @functools.cache
@@ -42,14 +62,12 @@ def bin_cell(expressions: NDArray[np.generic], n_bins: int, *, seed: int, epoch:
     bins = np.empty(n_values, np.float32)
     if n_values == 0:
         return bins
-    keys, sorted_keys, spare = sort_keys(expressions), np.empty(n_values, np.uint32), np.empty(n_values, np.uint32)
-    ordered = as_values(sorted_keys, expressions.dtype)
-    edges, tables = np.empty(n_bins - 1), np.empty((2, TABLE), np.uint16)
-    fill_edges(keys, sorted_keys, spare, np.empty((4, TABLE), np.int32), ordered, probabilities(n_bins), edges)
-    table_end = fill_tables(edges, expressions.dtype != np.float32, tables)
+    keys, integers, scratch = sort_keys(expressions), expressions.dtype != np.float32, scratch_for(n_values, n_bins)
+    fill_edges(keys, integers, as_values(scratch.sorted_keys, expressions.dtype), probabilities(n_bins), scratch)
+    every = np.arange(n_values, dtype=np.int32)
+    find_bins(expressions, keys, every, n_values, fill_table(integers, scratch), scratch)
     key = np.uint64(stream(np.uint64(seed), epoch, np.uint64(cell_id), PURPOSE_BIN_TIES))
-    bin_values(expressions, keys, np.arange(n_values, dtype=np.int32), n_values, edges, tables, table_end, key,
-               tie_rule == "spread", bins)
+    draw_bins(scratch.spare, every, key, tie_rule == "spread", bins)
     return bins
 
 
@@ -65,66 +83,51 @@ def as_values(sorted_keys: NDArray[np.uint32], dtype: np.dtype[np.generic]) -> N
 
 @njit(cache=True, nogil=True)
 def sort(keys: NDArray[np.unsignedinteger], ordered: NDArray[np.uint32], spare: NDArray[np.uint32],
-         counts: NDArray[np.int32]) -> None:
-    """Sort `keys` into `ordered`: small ones by counting, others by radix, least digit first.
+         starts: NDArray[np.int32]) -> None:
+    """Sort `keys` into `ordered`: a few by insertion, more by radix, least digit first.
 
     Args:
-        keys: (values,) uint16 or uint32. `ordered`, `spare`: (>= values,), overwritten.
-        counts: (4, TABLE), overwritten.
+        keys: (values,) uint16 or uint32; may be the beginning of `ordered`.
+        ordered: (>= values,), overwritten.
+        spare: (>= values,), overwritten.
+        starts: (DIGITS,), overwritten.
     """
-    largest = _largest(keys)
-    if largest < TABLE:
-        _sort_by_counting(keys, largest, ordered, counts)
-    else:
-        _sort_by_radix(keys, largest, ordered, spare, counts[0])
+    n_values = len(keys)
+    if n_values > FEW:
+        _sort_by_radix(keys, ordered, spare, starts)
+        return
+    for i in range(n_values):
+        key, place = keys[i], i
+        while place > 0 and ordered[place - 1] > key:
+            ordered[place] = ordered[place - 1]
+            place -= 1
+        ordered[place] = key
 
 
 @njit(cache=True, nogil=True)
-def _largest(keys: NDArray[np.unsignedinteger]) -> int:
-    largest = 0
-    for i in range(len(keys)):
-        largest = max(largest, int(keys[i]))
-    return largest
-
-
-@njit(cache=True, nogil=True)
-def _sort_by_counting(keys: NDArray[np.unsignedinteger], largest: int, ordered: NDArray[np.uint32],
-                      counts: NDArray[np.int32]) -> None:
-    """Four counters for each value, taken in turn: most counts are 1, and one counter would wait for itself."""
-    for counter in range(4):
-        for value in range(largest + 1):
-            counts[counter, value] = 0
-    for i in range(len(keys)):
-        counts[i & 3, keys[i]] += 1
-    end = 0
-    for value in range(largest + 1):
-        start, end = end, end + counts[0, value] + counts[1, value] + counts[2, value] + counts[3, value]
-        for i in range(start, end):
-            ordered[i] = value
-
-
-@njit(cache=True, nogil=True)
-def _sort_by_radix(keys: NDArray[np.unsignedinteger], largest: int, ordered: NDArray[np.uint32],
-                   spare: NDArray[np.uint32], starts: NDArray[np.int32]) -> None:
+def _sort_by_radix(keys: NDArray[np.unsignedinteger], ordered: NDArray[np.uint32], spare: NDArray[np.uint32],
+                   starts: NDArray[np.int32]) -> None:
     """Passes of DIGIT_BITS bits, as many as the largest key needs."""
     n_values = len(keys)
+    largest = 0
     for i in range(n_values):
         ordered[i] = keys[i]
+        largest = max(largest, int(ordered[i]))
     source, target = ordered, spare
     shift = 0
     while largest >> shift:
-        n_digits = min(_DIGIT, largest >> shift) + 1
+        n_digits = min(_LAST_DIGIT, largest >> shift) + 1
         for digit in range(n_digits):
             starts[digit] = 0
         for i in range(n_values):
-            starts[(source[i] >> shift) & _DIGIT] += 1
+            starts[(source[i] >> shift) & _LAST_DIGIT] += 1
         start = 0
         for digit in range(n_digits):
             count = starts[digit]
             starts[digit] = start
             start += count
         for i in range(n_values):
-            digit = (source[i] >> shift) & _DIGIT
+            digit = (source[i] >> shift) & _LAST_DIGIT
             target[starts[digit]] = source[i]
             starts[digit] += 1
         source, target = target, source
@@ -135,36 +138,83 @@ def _sort_by_radix(keys: NDArray[np.unsignedinteger], largest: int, ordered: NDA
 
 
 @njit(cache=True, nogil=True)
-def fill_edges(keys: NDArray[np.unsignedinteger], sorted_keys: NDArray[np.uint32], spare: NDArray[np.uint32],
-               counts: NDArray[np.int32], ordered: NDArray[np.generic], at: NDArray[np.float64],
-               edges: NDArray[np.float64]) -> None:
-    """Write the quantiles of the values at the probabilities `at` to `edges`, both (n_bins - 1,) float64.
+def count(keys: NDArray[np.unsignedinteger], ends: NDArray[np.int32], larger: NDArray[np.uint32]) -> int:
+    """ends[0, x] = keys <= x, for each x below TABLE; the other keys go to the beginning of `larger`.
 
-    `ordered` is `sorted_keys` read as the values' type. The interpolation is NumPy's, operation by operation
-    (`numpy.quantile`, method "linear"), so that the edges are equal to the bit. At least one value.
+    Four counters for each value, taken in turn: most counts are 1, and one counter would wait for itself.
+
+    Args:
+        keys: (values,) uint16 or uint32.
+        ends: (4, TABLE + 1), overwritten.
+        larger: (>= values,), overwritten.
+
+    Returns how many keys are below TABLE.
     """
-    n_values = len(keys)
-    sort(keys, sorted_keys, spare, counts)
-    for e in range(len(at)):
-        place = (n_values - 1) * at[e]
-        if place >= n_values - 1:
-            edges[e] = np.float64(ordered[n_values - 1])
-            continue
-        left = int(np.floor(place))
-        low, high = np.float64(ordered[left]), np.float64(ordered[left + 1])
-        part = place - left
-        edges[e] = low + (high - low) * part if part < 0.5 else high - (high - low) * (1 - part)
+    for counter in range(4):
+        for value in range(TABLE + 1):
+            ends[counter, value] = 0
+    n_larger = np.uint64(0)
+    for i in range(len(keys)):
+        key = np.uint32(keys[i])
+        larger[n_larger] = key   # stays, or is overwritten by the next
+        n_larger += np.uint64(key >= np.uint32(TABLE))
+        ends[i & 3, min(key, np.uint32(TABLE))] += 1
+    end = 0
+    for value in range(TABLE):
+        end += ends[0, value] + ends[1, value] + ends[2, value] + ends[3, value]
+        ends[0, value] = end
+    return end
 
 
 @njit(cache=True, nogil=True)
-def fill_tables(edges: NDArray[np.float64], integers: bool, tables: NDArray[np.uint16]) -> int:  # noqa: FBT001 compiled
-    """For each integer x up to the largest, below TABLE: tables[0, x] = edges <= x, tables[1, x] = edges < x.
+def _value_at(rank: int, value: int, ends: NDArray[np.int32]) -> int:
+    """The counted value of that rank (from 0), looked for from `value` upwards."""
+    while ends[0, value] <= rank:
+        value += 1
+    return value
+
+
+@njit(cache=True, nogil=True)
+def fill_edges(keys: NDArray[np.unsignedinteger], integers: bool, ordered: NDArray[np.generic],  # noqa: FBT001 compiled
+               at: NDArray[np.float64], scratch: Scratch) -> None:
+    """Write the quantiles of the values at the probabilities `at`, (n_bins - 1,) float64, to `scratch.edges`.
+
+    `ordered` is `scratch.sorted_keys` read as the values' type. The interpolation is NumPy's, operation by operation
+    (`numpy.quantile`, method "linear"), so that the edges are equal to the bit. At least one value.
+    """
+    n_values, n_counted, value = len(keys), 0, 0
+    ends, sorted_keys = scratch.ends, scratch.sorted_keys
+    if integers:
+        n_counted = count(keys, ends, sorted_keys)
+        sort(sorted_keys[:n_values - n_counted], sorted_keys, scratch.spare, scratch.starts)
+    else:
+        sort(keys, sorted_keys, scratch.spare, scratch.starts)
+    for e in range(len(at)):
+        place = (n_values - 1) * at[e]
+        left = int(np.floor(place))
+        right = min(left + 1, n_values - 1)
+        if left < n_counted:
+            value = _value_at(left, value, ends)
+        low = high = np.float64(value)
+        if left >= n_counted:
+            low = np.float64(ordered[left - n_counted])
+        if right >= n_counted:
+            high = np.float64(ordered[right - n_counted])
+        elif right > left:
+            high = np.float64(_value_at(right, value, ends))
+        part = place - left
+        scratch.edges[e] = low + (high - low) * part if part < 0.5 else high - (high - low) * (1 - part)
+
+
+@njit(cache=True, nogil=True)
+def fill_table(integers: bool, scratch: Scratch) -> int:  # noqa: FBT001 compiled
+    """For each integer x up to the largest, below TABLE: its number of edges <= x, and of those that equal it.
 
     Returns the end of what was filled: values from there on are compared with the edges; 0 where values are floats.
     """
     if not integers:
         return 0
-    n_edges = len(edges)
+    edges, n_edges = scratch.edges, len(scratch.edges)
     end = min(TABLE, int(edges[n_edges - 1]) + 1)
     upto, below = 0, 0
     for value in range(end):
@@ -172,26 +222,37 @@ def fill_tables(edges: NDArray[np.float64], integers: bool, tables: NDArray[np.u
             upto += 1
         while below < n_edges and edges[below] < value:
             below += 1
-        tables[0, value] = upto
-        tables[1, value] = below
+        scratch.table[value] = upto | (upto - below) << 16
     return end
 
 
 @njit(cache=True, nogil=True)
-def bin_values(expressions: NDArray[np.generic], keys: NDArray[np.unsignedinteger], chosen: NDArray[np.int32],
-               n_chosen: int, edges: NDArray[np.float64], tables: NDArray[np.uint16], table_end: int, key: np.uint64,
-               spread: bool, bins: NDArray[np.float32]) -> None:  # noqa: FBT001 compiled
-    """Write the bins of the chosen values to `bins`, (n_chosen,); draw i of stream `key` decides value i's tie."""
+def find_bins(expressions: NDArray[np.generic], keys: NDArray[np.unsignedinteger], chosen: NDArray[np.int32],
+              n_chosen: int, table_end: int, scratch: Scratch) -> None:
+    """Write of each chosen value its highest bin, and in the upper 16 bits how many it has, to `scratch.spare`."""
+    edges = scratch.edges
     for t in range(n_chosen):
-        i = chosen[t]
+        i = np.uint64(chosen[t])   # unsigned: no check for a place counted from the end
         if keys[i] < table_end:
-            upto, below = int(tables[0, keys[i]]), int(tables[1, keys[i]])
-        else:
-            value = np.float64(expressions[i])
-            upto, below = 0, 0
-            for e in range(len(edges)):   # a plain count: compiles to a few vector comparisons
-                upto += edges[e] <= value
-                below += edges[e] < value
-        if spread:
-            upto -= int(uniform(key, i) * (upto - below))
-        bins[t] = upto
+            scratch.spare[t] = scratch.table[keys[i]]
+            continue
+        value = np.float64(expressions[i])
+        upto, below = 0, 0
+        for e in range(len(edges)):   # a plain count: compiles to a few vector comparisons
+            upto += edges[e] <= value
+            below += edges[e] < value
+        scratch.spare[t] = upto | (upto - below) << 16
+
+
+@njit(cache=True, nogil=True)
+def draw_bins(found: NDArray[np.uint32], chosen: NDArray[np.int32], key: np.uint64, spread: bool,  # noqa: FBT001
+              bins: NDArray[np.float32]) -> None:
+    """Write the bins to `bins`, (chosen,): the highest, or by draw i of stream `key` for value i of the cell.
+
+    `found`: see find_bins. On its own, with few arrays: compiles to vector operations.
+    """
+    share = 1.0 if spread else 0.0
+    for t in range(len(bins)):
+        low = np.int32(found[t])
+        drawn = np.int32(uniform(key, chosen[t]) * share * np.float64(np.int32(low >> np.int32(16))))
+        bins[t] = np.float32(np.int32(np.int32(low & np.int32(0xFFFF)) - drawn))

@@ -15,10 +15,20 @@ from numba import njit
 from numpy.typing import NDArray
 
 from scgpt.collate import binning, masking, sampling
-from scgpt.collate.binning import TABLE, as_values, bin_values, fill_edges, fill_tables, probabilities, sort_keys
+from scgpt.collate.binning import (
+    Scratch,
+    as_values,
+    draw_bins,
+    fill_edges,
+    fill_table,
+    find_bins,
+    probabilities,
+    scratch_for,
+    sort_keys,
+)
 from scgpt.collate.masking import draw_ratio, hide, split
 from scgpt.collate.packing import PackedBatch
-from scgpt.collate.sampling import sample
+from scgpt.collate.sampling import sample, take
 from scgpt.data.schema import CELL_ID, RaggedBatch
 from scgpt.errors import ConfigError, DataError
 from scgpt.rng import PURPOSE_BIN_TIES, PURPOSE_MASK, PURPOSE_SAMPLE, PURPOSE_SPLIT, stream
@@ -92,9 +102,9 @@ def collate(cells: RaggedBatch, config: CollateConfig, *, cls_id: int, seed: int
                      config.task != "pcpt", _STYLES[config.input_style], config.tie_rule == "spread",
                      cells.expressions.dtype != np.float32, probabilities(config.n_bins))
     epoch_of = np.ascontiguousarray(np.broadcast_to(np.asarray(epochs, np.int64), cell_ids.shape))
-    sorted_keys = np.empty(int(cells.lengths.max(initial=0)), np.uint32)
+    scratch = scratch_for(int(cells.lengths.max(initial=0)), config.n_bins)
     _collate_cells(cells.genes, cells.expressions, sort_keys(cells.expressions), cells.offsets, cell_ids, epoch_of,
-                   recipe, sorted_keys, as_values(sorted_keys, cells.expressions.dtype),
+                   recipe, scratch, as_values(scratch.sorted_keys, cells.expressions.dtype),
                    packed.gene_ids, packed.values, packed.targets, packed.target_mask, cu_seqlens,
                    np.empty(0, np.int32) if packed.perception_lengths is None else packed.perception_lengths)
     return packed
@@ -126,16 +136,14 @@ def _compiled(sources: str) -> Callable[..., None]:
     @njit(cache=True, nogil=True)
     def collate_cells(genes: NDArray[np.unsignedinteger], expressions: NDArray[np.generic],
                       keys: NDArray[np.unsignedinteger], offsets: NDArray[np.int64], cell_ids: NDArray[np.uint64],
-                      epochs: NDArray[np.int64], recipe: _Recipe, sorted_keys: NDArray[np.uint32],
+                      epochs: NDArray[np.int64], recipe: _Recipe, scratch: Scratch,
                       ordered: NDArray[np.generic], gene_ids: NDArray[np.int32], values: NDArray[np.float32],
                       targets: NDArray[np.float32], target_mask: NDArray[np.bool_],
                       cu_seqlens: NDArray[np.int32], perception_lengths: NDArray[np.int32]) -> None:
         """Fill `gene_ids`, `values`, `targets` and `target_mask`, (tokens,) each, and, where cells are split,
-        `perception_lengths`, (cells,); `sorted_keys`, `ordered`: scratch.
+        `perception_lengths`, (cells,); `ordered`: `scratch.sorted_keys` as values.
         """
         _ = sources
-        spare, counts = np.empty_like(sorted_keys), np.empty((4, TABLE), np.int32)
-        edges, tables = np.empty_like(recipe.at), np.empty((2, TABLE), np.uint16)
         chosen, moved = np.empty(recipe.n_wanted + 1, np.int32), np.empty(recipe.n_wanted + 1, np.int32)
         for cell in range(len(cell_ids)):
             epoch, cell_id = epochs[cell], cell_ids[cell]
@@ -143,28 +151,31 @@ def _compiled(sources: str) -> Callable[..., None]:
             of_cell, shown, bins = expressions[begin:end], values[first + 1:stop], targets[first + 1:stop]
             gene_ids[first], targets[first], values[first] = recipe.cls_id, recipe.cls_value, recipe.cls_value
             target_mask[first] = False
-            n_chosen = sample(stream(recipe.seed, epoch, cell_id, PURPOSE_SAMPLE), chosen, end - begin, recipe.n_wanted)
+            n_chosen = sample(stream(recipe.seed, epoch, cell_id, PURPOSE_SAMPLE), chosen, end - begin, recipe.n_wanted,
+                              scratch.spare)
             ratio = draw_ratio(recipe.seed, epoch, cell_id, recipe.mask_ratios)
             n_seen = n_chosen
             if recipe.split:
-                n_seen = split(stream(recipe.seed, epoch, cell_id, PURPOSE_SPLIT), ratio, chosen, n_chosen, moved)
+                n_seen = split(stream(recipe.seed, epoch, cell_id, PURPOSE_SPLIT), ratio, chosen, n_chosen, moved,
+                               scratch.spare)
                 perception_lengths[cell] = 1 + n_seen
-            for t in range(n_chosen):
-                gene_ids[first + 1 + t] = genes[begin + chosen[t]]
+            take(genes[begin:end], chosen, gene_ids[first + 1:stop])
             if recipe.style == _BINNED and n_chosen > 0:
-                fill_edges(keys[begin:end], sorted_keys, spare, counts, ordered, recipe.at, edges)
-                table_end = fill_tables(edges, recipe.integers, tables)
-                bin_values(of_cell, keys[begin:end], chosen, n_chosen, edges, tables, table_end,
-                           stream(recipe.seed, epoch, cell_id, PURPOSE_BIN_TIES), recipe.spread, bins)
+                fill_edges(keys[begin:end], recipe.integers, ordered, recipe.at, scratch)
+                table_end = fill_table(recipe.integers, scratch)
+                find_bins(of_cell, keys[begin:end], chosen, n_chosen, table_end, scratch)
+                draw_bins(scratch.spare, chosen, stream(recipe.seed, epoch, cell_id, PURPOSE_BIN_TIES), recipe.spread,
+                          bins)
             else:
                 for t in range(n_chosen):
                     value = np.float64(of_cell[chosen[t]])
                     bins[t] = np.log1p(value) if recipe.style == _LOG1P else value
-            for t in range(n_chosen):
-                shown[t] = bins[t] if t < n_seen else recipe.mask_value
-                target_mask[first + 1 + t] = t >= n_seen
-            if not recipe.split:
-                hide(stream(recipe.seed, epoch, cell_id, PURPOSE_MASK), ratio, recipe.mask_value, shown,
+            if recipe.split:
+                for t in range(n_chosen):
+                    shown[t] = bins[t] if t < n_seen else recipe.mask_value
+                    target_mask[first + 1 + t] = t >= n_seen
+            else:
+                hide(stream(recipe.seed, epoch, cell_id, PURPOSE_MASK), ratio, recipe.mask_value, bins, shown,
                      target_mask[first + 1:stop])
 
     return collate_cells

@@ -20,20 +20,21 @@ def draw_ratio(seed: Word, epoch: Word, cell_id: Word, ratios: NDArray[np.float6
 
 
 @njit(cache=True, nogil=True)
-def hide(key: np.uint64, ratio: float, mask_value: float, values: NDArray[np.float32],
+def hide(key: np.uint64, ratio: float, mask_value: float, targets: NDArray[np.float32], values: NDArray[np.float32],
          target_mask: NDArray[np.bool_]) -> None:
-    """Hide each position of one cell's genes, (genes,), independently with probability `ratio`; `<cls>` is not passed.
+    """Show one cell's `targets` as `values`, both (genes,), each hidden independently with probability `ratio`.
 
-    Draw t of stream `key` decides about position t: hidden where it is below `ratio`.
+    `<cls>` is not passed. Draw t of stream `key` decides about position t: hidden where it is below `ratio`.
     """
     for t in range(len(values)):
         hidden = uniform(key, t) < ratio
         target_mask[t] = hidden
-        values[t] = mask_value if hidden else values[t]
+        values[t] = mask_value if hidden else targets[t]
 
 
 @njit(cache=True, nogil=True)
-def split(key: np.uint64, ratio: float, chosen: NDArray[np.int32], n_chosen: int, scratch: NDArray[np.int32]) -> int:
+def split(key: np.uint64, ratio: float, chosen: NDArray[np.int32], n_chosen: int, scratch: NDArray[np.int32],
+          drawn: NDArray[np.uint32]) -> int:
     """Put int(n_chosen x ratio) genes of a cell, a uniform sample without replacement, behind the others.
 
     Both parts keep their order. (Upstream permutes the genes and takes the first ones; order has no meaning.)
@@ -44,10 +45,11 @@ def split(key: np.uint64, ratio: float, chosen: NDArray[np.int32], n_chosen: int
         chosen: (>= n_chosen,) what is put in order.
         n_chosen: genes of the cell.
         scratch: (>= n_chosen + 1,), overwritten.
+        drawn: (>= n_chosen,), overwritten.
 
     Returns the genes of the perception part.
     """
-    n_generated = sample(key, scratch, n_chosen, int(n_chosen * ratio))
+    n_generated = sample(key, scratch, n_chosen, int(n_chosen * ratio), drawn)
     n_seen = found = 0
     for t in range(n_chosen):
         value = chosen[t]

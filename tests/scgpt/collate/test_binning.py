@@ -7,16 +7,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scgpt.collate.binning import TABLE, as_values, bin_cell, fill_edges, probabilities, sort, sort_keys
+from scgpt.collate.binning import (
+    DIGIT_BITS,
+    as_values,
+    bin_cell,
+    fill_edges,
+    probabilities,
+    scratch_for,
+    sort,
+    sort_keys,
+)
 from scgpt.errors import DataError
 
 
 def edges_of(values, n_bins):
-    n = len(values)
-    sorted_keys, edges = np.empty(n, np.uint32), np.empty(n_bins - 1)
-    fill_edges(sort_keys(values), sorted_keys, np.empty(n, np.uint32), np.empty((4, TABLE), np.int32),
-               as_values(sorted_keys, values.dtype), probabilities(n_bins), edges)
-    return edges
+    scratch = scratch_for(len(values), n_bins)
+    fill_edges(sort_keys(values), values.dtype != np.float32, as_values(scratch.sorted_keys, values.dtype),
+               probabilities(n_bins), scratch)
+    return scratch.edges
 
 
 def bin_ranges(values, n_bins):
@@ -29,6 +37,8 @@ def bin_ranges(values, n_bins):
 
 CELLS = {
     "counts": st.lists(st.integers(1, 12), min_size=1, max_size=300).map(lambda x: np.array(x, np.uint16)),
+    "mixed counts": st.lists(st.one_of(st.integers(1, 5), st.integers(1, 300), st.integers(250, 65_535)), min_size=1,
+                             max_size=300).map(lambda x: np.array(x, np.uint16)),
     "wide counts": st.lists(st.integers(1, 65_535), min_size=1, max_size=300).map(lambda x: np.array(x, np.uint16)),
     "uint32": st.lists(st.integers(1, 2**32 - 1), min_size=1, max_size=300).map(lambda x: np.array(x, np.uint32)),
     "float32": st.lists(st.floats(0, 2.0**127, width=32, exclude_min=True, allow_subnormal=False), min_size=1,
@@ -57,7 +67,7 @@ def test_edges_equal_numpy_quantiles_to_the_bit_and_bins_lie_in_upstreams_range(
 def test_keys_are_sorted(keys):
     keys = np.array(keys, np.uint32)
     ordered = np.empty_like(keys)
-    sort(keys, ordered, np.empty_like(keys), np.empty((4, TABLE), np.int32))
+    sort(keys, ordered, np.empty_like(keys), np.empty(1 << DIGIT_BITS, np.int32))
     np.testing.assert_array_equal(ordered, np.sort(keys))
 
 

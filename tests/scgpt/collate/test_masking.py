@@ -9,8 +9,8 @@ from tests.scgpt.collate.cells import key_of
 def test_agrees_with_the_slow_twin():
     values, target_mask = np.arange(1, 301, dtype=np.float32), np.empty(300, np.bool_)
     key = key_of(0, 3, 77, PURPOSE_MASK)
-    shown = values.copy()
-    hide(key, 0.4, -1.0, shown, target_mask)
+    shown = np.empty_like(values)
+    hide(key, 0.4, -1.0, values, shown, target_mask)
     expected = np.array([uniform(key, t) < 0.4 for t in range(300)])
     np.testing.assert_array_equal(target_mask, expected)
     np.testing.assert_array_equal(shown, np.where(expected, -1, values))
@@ -21,7 +21,8 @@ def test_positions_are_hidden_independently_with_the_ratio(ratio):
     n_cells, n_genes = 2_000, 100
     hidden = np.empty((n_cells, n_genes), np.bool_)
     for cell in range(n_cells):
-        hide(key_of(0, 0, cell, PURPOSE_MASK), ratio, -1.0, np.ones(n_genes, np.float32), hidden[cell])
+        hide(key_of(0, 0, cell, PURPOSE_MASK), ratio, -1.0, np.ones(n_genes, np.float32), np.empty(n_genes, np.float32),
+             hidden[cell])
     sigma = np.sqrt(ratio * (1 - ratio) / hidden.size)
     assert abs(hidden.mean() - ratio) <= 4 * sigma
     spread = hidden.sum(1).var(), n_genes * ratio * (1 - ratio)   # a fixed count a cell would have variance 0
@@ -39,7 +40,8 @@ def test_each_cell_draws_one_of_the_listed_ratios_evenly():
 
 def split_of(cell, n_genes, ratio, chosen=None):
     chosen = np.arange(n_genes, dtype=np.int32) if chosen is None else chosen.copy()
-    n_seen = split(key_of(0, 0, cell, PURPOSE_SPLIT), ratio, chosen, n_genes, np.empty(n_genes + 1, np.int32))
+    n_seen = split(key_of(0, 0, cell, PURPOSE_SPLIT), ratio, chosen, n_genes, np.empty(n_genes + 1, np.int32),
+                   np.empty(n_genes, np.uint32))
     return chosen[:n_seen].tolist(), chosen[n_seen:n_genes].tolist()
 
 

@@ -10,7 +10,7 @@ from tests.scgpt.collate.cells import key_of
 
 def chosen_of(key, n_values, n_wanted):
     chosen = np.empty(n_wanted + 1, np.int32)
-    return chosen[:sample(key, chosen, n_values, n_wanted)]
+    return chosen[:sample(key, chosen, n_values, n_wanted, np.empty(n_values, np.uint32))]
 
 
 def slow_sample(key, n_values, n_wanted):

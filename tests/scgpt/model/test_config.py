@@ -3,12 +3,13 @@ import json
 
 import pytest
 import torch
+import yaml
 
-from scgpt.config import Config, validate
+from scgpt.config import Config, shipped_configs, validate
 from scgpt.errors import ConfigError
 from scgpt.model.build import build_model
 from scgpt.model.config import ModelConfig
-from scgpt.vocab import GeneVocab
+from scgpt.vocab import PUBLISHED, GeneVocab
 
 VOCAB = GeneVocab(["<pad>", "<cls>", *(f"g{i}" for i in range(40))])
 SIZES = {"n_layers": 2, "d_model": 24, "n_heads": 3, "d_hid": 20}
@@ -32,6 +33,25 @@ def test_count_of_parameters_is_torchs(variant):
     model = build_model(config, VOCAB, device="meta")
     assert config.count_parameters(len(VOCAB)) == sum(p.numel() for p in model.parameters())
     assert all(p.is_meta for p in model.parameters())
+
+
+# Name -> parameters with the published vocabulary, as a transformer and as a generator.
+FAMILY = {"scgpt-tiny": (3_964_866, 3_973_443), "scgpt-10m": (8_483_714, 8_517_251),
+          "scgpt-base": (51_856_898, 52_384_259), "scgpt-100m": (135_812_354, 136_996_611),
+          "scgpt-400m": (371_821_570, 373_924_867), "scgpt-1b": (1_362_302_978, 1_370_703_875),
+          "scgpt-3b": (2_718_952_962, 2_732_075_523), "scgpt-7b": (6_810_284_034, 6_843_863_043)}
+
+
+def test_the_family_has_the_counted_parameters_on_the_meta_device():
+    assert shipped_configs("model").keys() == FAMILY.keys()
+    vocab = GeneVocab.named(PUBLISHED)
+    for name, path in shipped_configs("model").items():
+        sizes = yaml.safe_load(path.read_text())["model"]
+        assert sizes["name"] == name
+        for kind, expected in zip(("transformer", "generator"), FAMILY[name], strict=True):
+            config = ModelConfig(**sizes, kind=kind)
+            model = build_model(config, vocab, device="meta")
+            assert sum(p.numel() for p in model.parameters()) == config.count_parameters(len(vocab)) == expected, name
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

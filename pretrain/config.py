@@ -18,8 +18,8 @@ Positive = Annotated[float, Field(gt=0.0)]
 # A run may be continued with other values of these (and with its corpus moved): they decide how long and where it runs,
 # what is kept and shown, how a global batch is cut up; not which cells a step trains on.
 MAY_DIFFER = ("train.max_steps", "train.max_epochs", "train.max_tokens", "train.max_time_s", "train.log_every",
-              "train.eval_every", "train.save_every", "train.keep_last", "train.recompute", "data.corpus",
-              "data.workers", "batch.micro_batch_size", "deepspeed.", "tracking.")
+              "train.eval_every", "train.save_every", "train.keep_last", "train.recompute", "train.compile",
+              "train.deterministic", "data.corpus", "data.workers", "batch.micro_batch_size", "deepspeed.", "tracking.")
 
 
 class MixtureConfig(Config):
@@ -126,6 +126,8 @@ class RunConfig(Config):
     seed: Seed = 0               # of weights, order, sampling, masks and dropout
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"   # auto: bf16 on a GPU that has it, else fp32
     recompute: bool = False                # keep each layer's input only, compute it again backward: memory for time
+    compile: bool = False                  # torch.compile of each layer: a minute at the start for faster steps
+    deterministic: bool = False            # the same bits each time on a GPU too, with slower kernels; a CPU's are
     log_every: PositiveInt = 10            # steps
     eval_every: PositiveInt = 1000         # steps
     save_every: PositiveInt = 1000         # steps
@@ -142,8 +144,18 @@ class DeepSpeedConfig(Config):
     """What DeepSpeed is told beyond what follows from the rest."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2    # what is spread over ranks: nothing, optimizer, + gradients, + parameters
+    offload_optimizer: bool = False        # master weights, moments and update on the CPU; stages 1 to 3
+    offload_params: bool = False           # parameters wait on the CPU until they are used; stage 3
     timeout_s: Positive = 600.0            # a collective that takes longer ends the job: a rank is hung or gone
     overrides: dict[str, Any] = Field(default_factory=dict)   # keys of DeepSpeed's own JSON, merged last
+
+    @model_validator(mode="after")
+    def _offloads_what_is_spread(self) -> "DeepSpeedConfig":
+        for what, least in (("offload_optimizer", 1), ("offload_params", 3)):
+            if getattr(self, what) and self.zero_stage < least:
+                raise ConfigError(f"deepspeed.{what} needs deepspeed.zero_stage {least} or more",
+                                  fix=f"set deepspeed.zero_stage={least}, or deepspeed.{what}=false")
+        return self
 
 
 class TrackingConfig(Config):
@@ -193,6 +205,8 @@ class TrainConfig(Config):
                "set objective.weights.cce=0")
         yield (self.train.recompute and model.layers == "linear", "linear attention cannot be computed again backward",
                "set train.recompute=false")
+        yield (self.train.compile and model.layers == "linear", "linear attention has no layers of ours to compile",
+               "set train.compile=false")
         yield (generator and labels, "a generator knows no batches", "set model.kind=transformer")
         yield (labels and self.data.batch_column is None, "the model needs the batch or domain of each cell",
                "set data.batch_column to a metadata column of the corpus")

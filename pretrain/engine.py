@@ -7,6 +7,7 @@ its own fused Adam are left out (48 s on a cold cache, a crash where there is no
 import json
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.config import TrainConfig
+from pretrain.config import DeepSpeedConfig, RunConfig, TrainConfig
 from pretrain.data import BatchTensors
 from pretrain.objectives import LossSums, Objective
+from pretrain.precision import grow_scale_after_update, resolve_precision, undo_first_update
 from pretrain.world import World
 from scgpt.errors import ConfigError
 from scgpt.rng import GOLDEN, PURPOSE_DROPOUT, PURPOSE_WEIGHTS, stream
@@ -28,13 +30,6 @@ _BUCKET_VALUES = 50_000_000   # values of a gradient or parameter message: 200 M
 _CPU_BUCKET_VALUES = 8_000_000   # 32 MB, which the allocator keeps: 67 ms a demo step for 89 on two ranks
 _NEVER = 10**9
 _SEED_BITS = (1 << 63) - 1
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """What `auto` means on this device: bf16 on a GPU that has it, else fp32."""
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def deepspeed_json(config: TrainConfig, *, world_size: int, precision: str, on_cpu: bool) -> dict[str, Any]:
@@ -63,7 +58,7 @@ def deepspeed_json(config: TrainConfig, *, world_size: int, precision: str, on_c
                  "fp16_master_weights_and_grads": False},
         "torch_autocast": {"enabled": False},
         "data_types": {"grad_accum_dtype": _accumulation_dtype(config.deepspeed.zero_stage, precision)},
-        "zero_optimization": _zero_json(config.deepspeed.zero_stage, _CPU_BUCKET_VALUES if on_cpu else _BUCKET_VALUES),
+        "zero_optimization": _zero_json(config.deepspeed, on_cpu=on_cpu),
         "zero_allow_untested_optimizer": False, "zero_force_ds_cpu_optimizer": False,
         "checkpoint": {"tag_validation": "Fail", "load_universal": False, "use_node_local_storage": False,
                        "parallel_write": {"pipeline_stage": False}},
@@ -83,7 +78,8 @@ def _accumulation_dtype(stage: int, precision: str) -> str:
     return precision if stage == 0 else "fp32"
 
 
-def _zero_json(stage: int, bucket_values: int) -> dict[str, Any]:
+def _zero_json(settings: DeepSpeedConfig, *, on_cpu: bool) -> dict[str, Any]:
+    stage, bucket_values = settings.zero_stage, _CPU_BUCKET_VALUES if on_cpu else _BUCKET_VALUES
     every: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "reduce_bucket_size": bucket_values,
                              "allgather_bucket_size": bucket_values, "overlap_comm": False,
                              "ignore_unused_parameters": True, "load_from_fp32_weights": True,
@@ -98,6 +94,11 @@ def _zero_json(stage: int, bucket_values: int) -> dict[str, Any]:
                   "stage3_max_reuse_distance": _NEVER, "stage3_gather_16bit_weights_on_model_save": False,
                   "zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False,
                   "memory_efficient_linear": False}
+    # Updated by torch's fused AdamW there too: DeepSpeed's own for CPUs wants a compiler on every node.
+    if settings.offload_optimizer:
+        every["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu, "ratio": 1.0, "super_offload": False}
+    if settings.offload_params:
+        every["offload_param"] = {"device": "cpu", "pin_memory": not on_cpu}
     return every
 
 
@@ -137,8 +138,7 @@ class Engine:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         torch.manual_seed(_seed(config.train.seed, 0, 0, PURPOSE_WEIGHTS))   # every rank draws the same weights
         model: torch.nn.Module = build_model(config.model, vocab)
-        if config.train.recompute:
-            model.get_submodule("transformer_encoder").recompute = True  # type: ignore[assignment]
+        _switch(model, config.train)
         try:
             self.deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(),
                                                       config=self.json, dist_init_required=False)
@@ -147,7 +147,10 @@ class Engine:
                               where="deepspeed.overrides or train.precision",
                               fix="change the setting that it names") from error
         if config.deepspeed.zero_stage == 0 and self.precision != "fp32":
-            _undo_first_update(self.deepspeed.optimizer)
+            undo_first_update(self.deepspeed.optimizer)
+        if self.precision == "fp16":
+            grow_scale_after_update(self.deepspeed.optimizer)
+        self._scales_loss = self.precision == "fp16" and config.deepspeed.zero_stage == 0
         self.objective, self.seed, self.world = Objective.of(config), config.train.seed, world
         self._copies = world.world_size * config.batch.accumulation(world.world_size)
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
@@ -168,7 +171,10 @@ class Engine:
         """
         torch.manual_seed(_seed(self.seed, step, micro_batch, PURPOSE_DROPOUT))
         sums = self._sums(batch, step)
-        self.deepspeed.backward(sums.scaled(counts=counts, copies=self._copies))
+        loss = sums.scaled(counts=counts, copies=self._copies)
+        if self._scales_loss:   # DeepSpeed divides by the scale, but multiplies with it from ZeRO 1 on only
+            loss = loss * self.deepspeed.optimizer.loss_scale
+        self.deepspeed.backward(loss)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
@@ -205,17 +211,29 @@ class Engine:
         return float("nan") if norm is None else float(norm)
 
 
-@torch.no_grad()
-def _undo_first_update(optimizer: Any) -> None:
-    """Take back an update with gradients of 0, which DeepSpeed's half-precision optimizer of ZeRO 0 begins with.
+def _switch(model: torch.nn.Module, settings: RunConfig) -> None:
+    """Recompute, compile, determinism: how the model computes, not what.
 
-    It would decay the weights once, and count as Adam's first step ever after.
+    Raises ConfigError where there is no compiler to compile with.
     """
-    for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
-        for master, weight in zip(masters, weights, strict=True):
-            master.copy_(weight)
-            for tensor in optimizer.optimizer.state[master].values():
-                tensor.zero_()
+    from scgpt.model.layers import FlashSelfAttention, TorchSelfAttention
+
+    encoder = model.get_submodule("transformer_encoder")
+    if settings.recompute:
+        encoder.recompute = True  # type: ignore[assignment]
+    if settings.compile:
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise ConfigError(f"train.compile needs a C++ compiler, and there is no '{compiler}'",
+                              fix="install g++, or set train.compile=false")
+        for layer in encoder.layers:  # type: ignore[union-attr]
+            layer.compile(dynamic=True)   # no other graph for another number of tokens
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # what cuBLAS asks for
+        for module in encoder.modules():
+            if isinstance(module, (FlashSelfAttention, TorchSelfAttention)):
+                module.deterministic = True
+    torch.use_deterministic_algorithms(settings.deterministic)
 
 
 def _seed(seed: int, step: int, number: int, purpose: np.uint64) -> int:

@@ -13,9 +13,9 @@ from pretrain import checkpoint
 from pretrain.checkpoint import RunState
 from pretrain.config import TrainConfig, differences
 from pretrain.corpus import Corpus
-from pretrain.engine import resolve_precision
 from pretrain.metrics import RunLog, say
 from pretrain.mixture import Mixture
+from pretrain.precision import resolve_precision
 from pretrain.recovery import hold_rank
 from pretrain.world import World
 from scgpt.config import load_config

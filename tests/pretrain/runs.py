@@ -70,6 +70,21 @@ def program(path: Path, *words: str, ranks: int, within_s: float = 500) -> tuple
     return process.returncode, errors
 
 
+FULL = bool(os.environ.get("SCGPT_FULL"))
+
+
+def gate(folder: Path, *cases: tuple[str, ...], ranks: int, steps: int) -> list[dict[str, Any]]:
+    """What gate.py tells of each case: CONFIG, then settings. All in one group of ranks."""
+    files = [folder / f"{number}.pt" for number in range(len(cases))]
+    content = [{"words": case, "steps": steps, "out": str(file)}
+               for case, file in zip(cases, files, strict=True)]
+    (folder / "cases.json").write_text(json.dumps(content))
+    code, errors = program(ROOT / "tests/pretrain/gate.py", str(folder / "cases.json"), ranks=ranks,
+                           within_s=3000 if FULL else 500)
+    assert code == 0, errors
+    return [torch.load(file) for file in files]
+
+
 def train(corpus: Path, out: Path, *settings: str, ranks: int = 1) -> tuple[int, str]:
     """Train to the end; exit code and stderr."""
     process = start(corpus, out, *settings, ranks=ranks)

@@ -10,19 +10,25 @@ import warnings
 from pathlib import Path
 
 
-def main() -> None:
-    site, release, inputs_path = map(Path, sys.argv[1:])
+def import_model(site: Path) -> type:
+    """TransformerModel of the package in `site`, without what its `__init__` imports: scanpy, scib and torchtext."""
     warnings.simplefilter("ignore")
-    package = types.ModuleType("scgpt")   # its __init__ imports scanpy, scib and torchtext; its model needs none
+    package = types.ModuleType("scgpt")
     package.__path__ = [str(site / "scgpt")]
     package.logger = logging.getLogger("scgpt")
     utils = types.ModuleType("scgpt.utils")
     utils.map_raw_id_to_vocab_id = None
     sys.modules |= {"scgpt": package, "scgpt.utils": utils}
+    from scgpt.model import TransformerModel
+
+    return TransformerModel
+
+
+def main() -> None:
+    site, release, inputs_path = map(Path, sys.argv[1:])
+    TransformerModel = import_model(site)
     import torch
     from safetensors.torch import load_file
-
-    from scgpt.model import TransformerModel
 
     args, vocab = json.loads((release / "args.json").read_text()), json.loads((release / "vocab.json").read_text())
     model = TransformerModel(

@@ -18,6 +18,12 @@ def test_each_shipped_recipe_loads_with_nothing_but_a_corpus(name):
     assert config.objective.collate_config().context_length == config.objective.context_length
 
 
+def test_each_model_of_the_family_has_a_recipe():
+    recipes = [load_config(TrainConfig, name, ["data.corpus=corpus"], kind="pretrain").model.name
+               for name in shipped_configs("pretrain")]
+    assert set(recipes) == set(shipped_configs("model"))
+
+
 def test_the_base_recipe_has_the_published_numbers():
     config = load_config(TrainConfig, "base", ["data.corpus=corpus"], kind="pretrain")
     assert (config.model.n_layers, config.model.d_model, config.model.n_heads, config.model.d_hid) == (12, 512, 8, 512)
@@ -52,7 +58,8 @@ def test_a_run_may_go_on_with_other_limits_tracking_micro_batch_and_deepspeed():
     saved = config_of().model_dump(mode="json")
     changed = config_of("train.max_steps=5", "train.max_time_s=1", "train.log_every=1", "tracking.wandb=disabled",
                         "batch.micro_batch_size=2", "deepspeed.zero_stage=1", "deepspeed.overrides={a: 1}",
-                        "data.workers=0", "data.corpus=elsewhere", "train.keep_last=9")
+                        "data.workers=0", "data.corpus=elsewhere", "train.keep_last=9", "train.compile=true",
+                        "train.deterministic=true", "deepspeed.offload_optimizer=true")
     assert differences(saved, changed) == []
 
 

@@ -36,6 +36,8 @@ class DataConfig(Config):
     order: Literal["shuffled", "blocks"] = "shuffled"   # blocks: neighbours together, for cold or remote storage
     block_cells: PositiveInt = 1024        # cells of a block
     window_blocks: PositiveInt = 64        # blocks that are mixed with each other
+    full_genes: PositiveInt | None = None  # cells with fewer expressed genes are drawn in proportion; null: all alike
+    one_domain_batches: bool = False       # a micro-batch holds cells of one value of batch_column
     valid_split: str | None = "valid"      # held-out split; null: no validation
     class_column: str | None = None        # metadata column of the corpus that `cls` predicts
     batch_column: str | None = None        # metadata column with the batch or domain of a cell
@@ -210,6 +212,9 @@ class TrainConfig(Config):
         yield (generator and labels, "a generator knows no batches", "set model.kind=transformer")
         yield (labels and self.data.batch_column is None, "the model needs the batch or domain of each cell",
                "set data.batch_column to a metadata column of the corpus")
+        yield (self.data.one_domain_batches and self.data.batch_column is None,
+               "data.one_domain_batches needs the domain of each cell",
+               "set data.batch_column to a metadata column of the corpus")
         yield (category and (objective.input_style != "binned" or model.n_input_bins != objective.n_bins + 2),
                "category input needs binned values and two categories more than bins",
                f"set objective.input_style=binned and model.n_input_bins={objective.n_bins + 2}")
@@ -228,7 +233,8 @@ def differences(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
     `saved` is the JSON form of the configuration that the run was started with.
     """
     before, now = dict(_flat(saved)), dict(_flat(config.model_dump(mode="json")))
-    keys = [key for key in sorted({*before, *now}) if not key.startswith(MAY_DIFFER)]
+    decisive = ("batch.micro_batch_size",) if config.data.one_domain_batches else ()   # cells are drawn by micro-batch
+    keys = [key for key in sorted({*before, *now}) if key in decisive or not key.startswith(MAY_DIFFER)]
     return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)]
 
 

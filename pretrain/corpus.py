@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pretrain.config import MixtureConfig, TrainConfig
+from pretrain.draw import Order, order_of
 from pretrain.labels import NO_LABELS, Labels, read_labels
 from pretrain.mixture import Mixture
 from scgpt.data import Manifest, TokenDataset
@@ -23,6 +24,7 @@ class Corpus:
     manifests: tuple[Manifest, ...]
     weights: tuple[float, ...]             # of a mixture; (1.0,) for one corpus
     where: str                             # folders or URLs, as told to the user
+    order: Order                           # which cells of `train` a step draws
     train_labels: Labels = NO_LABELS       # classes and batches of the cells, where they are asked for
     valid_labels: Labels = NO_LABELS
     label_values: dict[str, list[str]] = field(default_factory=dict)   # column -> what its codes number
@@ -54,8 +56,11 @@ class Corpus:
         weights = tuple(part.weight for part in parts)
         splits = [_joined(train, weights), *([_joined(valid, (1.0,) * len(valid))] if valid else [])]
         labels, values = read_labels(config, splits)
+        order = order_of(splits[0], seed=config.train.seed, blocks=config.data.blocks,
+                         full_genes=config.data.full_genes, group=config.batch.micro_batch_size,
+                         domains=labels[0].batches if config.data.one_domain_batches else None)
         return cls(splits[0], splits[1] if valid else None, vocab, tuple(dataset.manifest for dataset in train),
-                   weights, where, labels[0], labels[-1], values)
+                   weights, where, order, labels[0], labels[-1], values)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint and a release say of it. `sha256` is that of the manifest; of a mixture, over all of it."""

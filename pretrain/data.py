@@ -6,18 +6,17 @@ and reads and collates those of its own.
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.draw import Cells, Order, order_of
 from pretrain.labels import NO_LABELS, Labels
-from pretrain.mixture import Mixture
-from pretrain.order import Blocks, global_batch, in_order
-from pretrain.partition import micro_batches, of_rank
+from pretrain.order import in_order
+from pretrain.partition import micro_batches, of_rank, one_domain_batches
 from pretrain.prefetch import Prefetch
 from scgpt.collate import CollateConfig, PackedBatch, collate
-from scgpt.data import RaggedBatch
 from scgpt.data.schema import offsets_of
 from scgpt.errors import ConfigError
 from scgpt.vocab import CLS
@@ -26,21 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from pretrain.config import TrainConfig
+    from pretrain.corpus import Corpus
     from scgpt.model.packed import PackedTensors
-    from scgpt.vocab import GeneVocab
-
-
-class Cells(Protocol):
-    """What the loader reads from: TokenDataset, or anything alike."""
-
-    def __len__(self) -> int:
-        """Cells."""
-
-    def fetch(self, indices: NDArray[np.integer]) -> RaggedBatch:
-        """The given cells in the given order, with `cell_id`."""
-
-    def lengths_of(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Values of the given cells, without reading them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +62,9 @@ class Loader:
         micro_batch_size: cells a forward pass.
         rank, world_size: whose micro-batches.
         workers: threads that prepare steps ahead; 0: none.
-        blocks: read blocks of neighbours, see `order.permute_in_blocks`; None: every cell on its own.
+        order: which cells a step draws; None: all cells once an epoch.
         labels: classes and batches of all cells, which the micro-batches carry along.
+        one_domain: a micro-batch holds cells of one batch (`labels.batches`); then `order` draws groups of that size.
         evaluation: one pass in stored order, with the draws of epoch 0, instead of endless shuffled epochs.
 
     Raises ConfigError when the sizes do not fit each other.
@@ -85,7 +72,8 @@ class Loader:
 
     def __init__(self, cells: Cells, collate_config: CollateConfig, *, cls_id: int, seed: int, global_batch_size: int,
                  micro_batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 2,
-                 blocks: Blocks | None = None, labels: Labels = NO_LABELS, evaluation: bool = False) -> None:
+                 order: Order | None = None, labels: Labels = NO_LABELS, one_domain: bool = False,
+                 evaluation: bool = False) -> None:
         share = micro_batch_size * world_size
         if not evaluation and global_batch_size % share:
             raise ConfigError(f"batch.global_batch_size {global_batch_size} is no multiple of batch.micro_batch_size "
@@ -94,16 +82,16 @@ class Loader:
         self.cells, self.collate_config, self.cls_id, self.seed = cells, collate_config, cls_id, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size, self.workers = rank, world_size, workers
-        self.blocks, self.labels, self.evaluation = blocks, labels, evaluation
+        self.order = None if evaluation else order or order_of(cells, seed=seed)
+        self.labels, self.one_domain, self.evaluation = labels, one_domain, evaluation
 
     @classmethod
-    def of_run(cls, config: "TrainConfig", cells: Cells, vocab: "GeneVocab", *, rank: int, world_size: int,
-               labels: Labels = NO_LABELS) -> "Loader":
+    def of_run(cls, config: "TrainConfig", corpus: "Corpus", *, rank: int, world_size: int) -> "Loader":
         """The loader of a rank of a training."""
-        return cls(cells, config.collate_config(), cls_id=vocab[CLS], seed=config.train.seed,
+        return cls(corpus.train, config.collate_config(), cls_id=corpus.vocab[CLS], seed=config.train.seed,
                    global_batch_size=config.batch.global_batch_size, micro_batch_size=config.batch.micro_batch_size,
-                   rank=rank, world_size=world_size, workers=config.data.workers, blocks=config.data.blocks,
-                   labels=labels)
+                   rank=rank, world_size=world_size, workers=config.data.workers, order=corpus.order,
+                   labels=corpus.train_labels, one_domain=config.data.one_domain_batches)
 
     @property
     def n_steps(self) -> int:
@@ -120,18 +108,20 @@ class Loader:
         """This rank's part of global batch `step`: a pure function of the loader's arguments and `step`."""
         indices, epochs = self._order(step)
         lengths = np.minimum(self.cells.lengths_of(indices), self.collate_config.context_length - 1) + 1
-        dealt = micro_batches(lengths, self.micro_batch_size)
+        dealt = self._dealt(indices, lengths)
         numbers = of_rank(len(dealt), self.rank, self.world_size)
         return GlobalStep(step, numbers, [self._collate(indices[dealt[j]], epochs[dealt[j]]) for j in numbers],
                           len(indices), len(dealt))
 
     def _order(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        size = self.global_batch_size
-        if self.evaluation:
-            return in_order(step, n_cells=len(self.cells), global_batch_size=size)
-        if isinstance(self.cells, Mixture):
-            return self.cells.batch(step, global_batch_size=size, seed=self.seed, blocks=self.blocks)
-        return global_batch(step, n_cells=len(self.cells), global_batch_size=size, seed=self.seed, blocks=self.blocks)
+        if self.order is None:
+            return in_order(step, n_cells=len(self.cells), global_batch_size=self.global_batch_size)
+        return self.order.batch(step, self.global_batch_size)
+
+    def _dealt(self, indices: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        if self.one_domain and self.labels.batches is not None:
+            return one_domain_batches(lengths, self.labels.batches[indices], self.micro_batch_size)
+        return micro_batches(lengths, self.micro_batch_size)
 
     def _collate(self, indices: NDArray[np.int64], epochs: NDArray[np.int64]) -> PackedBatch:
         cells = self.cells.fetch(indices)

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from pretrain.config import TrainConfig
-from pretrain.data import Cells, Loader, to_tensors
+from pretrain.data import Loader, to_tensors
+from pretrain.draw import Cells
 from pretrain.engine import Engine
 from pretrain.labels import NO_LABELS, Labels
 from pretrain.world import World
@@ -97,7 +98,7 @@ class HeldOut:
         return Loader(self.cells, self.config.collate_config(), cls_id=self.cls_id, seed=EVALUATION_SEED,
                       global_batch_size=batch.global_batch_size, micro_batch_size=batch.micro_batch_size, rank=rank,
                       world_size=self.world.world_size, workers=self.config.data.workers, labels=self.labels,
-                      evaluation=True)
+                      one_domain=self.config.data.one_domain_batches, evaluation=True)
 
     def _gene_means(self, train_cells: Cells, n_tokens: int) -> NDArray[np.float64]:
         """(n_tokens,): each rank adds up its share of the cells."""

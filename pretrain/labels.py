@@ -53,10 +53,10 @@ def read_labels(config: TrainConfig, splits: Sequence[Split]) -> tuple[list[Labe
                               where="data.batch_column", fix="name a column that every cell has, for example 'source'")
         _check_room(values, data.batch_column, "model.n_batch_labels", model.n_batch_labels)
         own_norms = model.domain_spec_batchnorm in (True, "dsbn") or (model.domain_spec_batchnorm and model.generative)
-        if own_norms and len(values) > 1:
+        if own_norms and len(values) > 1 and not data.one_domain_batches:
             raise ConfigError(f"'{data.batch_column}' has {len(values)} domains whose cells share a micro-batch: "
                               "a norm for each would see the others", where="data.batch_column",
-                              fix="set model.domain_spec_batchnorm=batchnorm or false")
+                              fix="set data.one_domain_batches=true, or model.domain_spec_batchnorm=batchnorm or false")
     return [Labels(*both) for both in zip(classes, batches, strict=True)], named
 
 

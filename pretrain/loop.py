@@ -14,7 +14,6 @@ from pretrain.data import GlobalStep, Loader, to_tensors
 from pretrain.engine import Engine
 from pretrain.evaluation import HeldOut
 from pretrain.metrics import Window
-from pretrain.mixture import Mixture
 from pretrain.prefetch import Prefetch
 from pretrain.recovery import Interruption
 from pretrain.run_directory import CONFIG, DEEPSPEED, OpenRun, open_run
@@ -62,11 +61,10 @@ class Training:
 
     def __init__(self, config: TrainConfig, corpus: Corpus, run: OpenRun, world: World,
                  interruption: Interruption) -> None:
-        self.config, self.world, self.interruption = config, world, interruption
+        self.config, self.world, self.interruption, self.order = config, world, interruption, corpus.order
         self.state, self.log, self.total_steps, self.checkpoints = run.state, run.log, run.total_steps, run.checkpoints
         self.engine = Engine(config, corpus.vocab, world)
-        self.loader = Loader.of_run(config, corpus.train, corpus.vocab, rank=world.rank, world_size=world.world_size,
-                                    labels=corpus.train_labels)
+        self.loader = Loader.of_run(config, corpus, rank=world.rank, world_size=world.world_size)
         self.held_out = (HeldOut(corpus.valid, config, corpus.vocab[CLS], world, corpus.valid_labels)
                          if corpus.valid is not None else None)
         self.window = Window(self.state.window, self.engine.objective)
@@ -133,9 +131,7 @@ class Training:
     def _tell(self, steps: Prefetch[GlobalStep]) -> None:
         """Write the means since the last row."""
         row = self.window.row(self.world, steps.wait_s)
-        cells = self.loader.cells
-        epochs = (cells.epochs(self.state.cells_seen, seed=self.config.train.seed) if isinstance(cells, Mixture)
-                  else [self.state.cells_seen / len(cells)])
+        epochs = self.order.epochs(self.state.cells_seen)
         self.log.row({"step": self.state.step, "split": "train", **row, "grad_norm": self.engine.grad_norm,
                       "cells_seen": self.state.cells_seen, "tokens_seen": self.state.tokens_seen,
                       **{f"epochs_{corpus}": number for corpus, number in enumerate(epochs)}})

@@ -1,4 +1,4 @@
-"""Several corpora as one: cells numbered through, each place of a run dealt out to a corpus by weight."""
+"""Several corpora as one: their cells numbered through."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -6,7 +6,6 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.order import Blocks, mixed_batch, places_of, shares
 from scgpt.data import RaggedBatch, TokenDataset
 from scgpt.data.schema import offsets_of
 
@@ -32,25 +31,9 @@ class Mixture:
         return offsets_of(np.array([len(part) for part in self.parts]))
 
     @cached_property
-    def counts(self) -> NDArray[np.int64]:
-        """(corpora,) places of each in a period, see `order.shares`."""
-        return shares(self.weights)
-
-    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Values of all cells, (len(self),)."""
         return np.concatenate([part.lengths for part in self.parts])
-
-    def batch(self, step: int, *, global_batch_size: int, seed: int,
-              blocks: Blocks | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Cells of global batch `step` and the epochs of their corpora, (global_batch_size,) int64 each."""
-        corpora, indices, epochs = mixed_batch(step, n_cells=np.diff(self.first_cells), counts=self.counts,
-                                               global_batch_size=global_batch_size, seed=seed, blocks=blocks)
-        return self.first_cells[corpora] + indices, epochs
-
-    def epochs(self, n_cells: int, *, seed: int) -> list[float]:
-        """How often each corpus has been gone through after a run's first `n_cells` places."""
-        return [float(epochs) for epochs in places_of(n_cells, self.counts, seed) / np.diff(self.first_cells)]
 
     def lengths_of(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
         """Values of the given cells, (cells,), without reading them."""

@@ -1,10 +1,7 @@
-"""Which cells make global batch t: a permutation of all cells for each epoch, computed by index, never stored.
+"""In which order cells come up: a permutation of all cells for each epoch, computed by index, never stored.
 
 Two permutations: `permute` of all cells, for storage with true random access; `permute_in_blocks` of blocks of
 neighbours and then within windows of blocks, for cold and remote storage. A mixture deals places out to corpora.
-
-Position p = step * global_batch_size + k of a run falls on epoch p // n_cells. Every cell comes up exactly once an
-epoch; a batch may straddle two epochs, so none is dropped or repeated to fill one. State is the step alone.
 
 The permutation is a Feistel network on the grid a x b, a = ceil(sqrt(n)), b = ceil(n / a) (Black, Rogaway: Ciphers with
 arbitrary finite domains, CT-RSA 2002, with addition modulo a and b): each round shifts one coordinate by a keyed hash
@@ -34,21 +31,9 @@ class Blocks:
     window: int    # blocks
 
 
-def global_batch(step: int, *, n_cells: int, global_batch_size: int, seed: int,
-                 blocks: Blocks | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cells of the training's global batch `step` (from 0): their indices and epochs, (global_batch_size,) int64 each.
-
-    Raises DataError when there are no cells.
-    """
-    if n_cells < 1:
-        raise DataError("there are no cells to train on", fix="give a corpus whose training split has cells")
-    positions = np.arange(global_batch_size) + step * global_batch_size
-    epochs, places = np.divmod(positions, n_cells)
-    return _permuted(places, epochs, n_cells, seed, blocks), epochs
-
-
-def _permuted(places: NDArray[np.int64], epochs: NDArray[np.int64], n_cells: int, seed: Word,
-              blocks: Blocks | None) -> NDArray[np.int64]:
+def permuted(places: NDArray[np.int64], epochs: NDArray[np.int64], n_cells: int, seed: Word,
+             blocks: Blocks | None) -> NDArray[np.int64]:
+    """`permute`, or `permute_in_blocks` where there are blocks."""
     if blocks is None:
         return permute(places, epochs, n_cells, seed)
     return permute_in_blocks(places, epochs, n_cells, seed, blocks.cells, blocks.window)
@@ -71,38 +56,20 @@ def shares(weights: Sequence[float]) -> NDArray[np.int64]:
     return counts
 
 
-def mixed_batch(step: int, *, n_cells: Sequence[int] | NDArray[np.int64], counts: NDArray[np.int64],
-                global_batch_size: int, seed: int, blocks: Blocks | None = None,
-                ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Cells of global batch `step` of a mixture: corpora, indices within them, epochs, (global_batch_size,) int64 each.
+def deal(places: NDArray[np.int64], counts: NDArray[np.int64],
+         seed: Word) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The corpus that each place of a mixture falls to, and which of that corpus's own places it is, (places,) each.
 
-    Every PERIOD places hold exactly `counts` cells of the corpora, in a drawn order; each corpus goes through epochs of
-    its own, every cell once.
-
-    Args:
-        step: from 0.
-        n_cells: (corpora,) cells of each.
-        counts: (corpora,) see `shares`.
-        global_batch_size: cells of a step.
-        seed: of all draws.
-        blocks: see `permute_in_blocks`; None: `permute`.
+    Every PERIOD places hold exactly `counts` places of the corpora, in a drawn order.
     """
-    periods, places = np.divmod(np.arange(global_batch_size) + step * global_batch_size, PERIOD)
-    slots = _slots(places, periods, seed)
+    periods, within = np.divmod(places, PERIOD)
+    slots = _slots(within, periods, seed)
     ends = np.cumsum(counts)
     corpora = np.searchsorted(ends, slots, side="right")
-    ordinals = periods * counts[corpora] + slots - (ends - counts)[corpora]
-    epochs, places = np.divmod(ordinals, np.asarray(n_cells)[corpora])
-    indices = np.empty_like(places)
-    for corpus, cells in enumerate(np.asarray(n_cells).tolist()):
-        own = np.flatnonzero(corpora == corpus)
-        own = own[np.argsort(epochs[own], kind="stable")]   # keys are made anew where the epoch changes
-        own_seed = np.uint64(stream(seed, 0, 1 + corpus, PURPOSE_MIXTURE))
-        indices[own] = _permuted(places[own], epochs[own], cells, own_seed, blocks)
-    return corpora, indices, epochs
+    return corpora, periods * counts[corpora] + slots - (ends - counts)[corpora]
 
 
-def places_of(n_places: int, counts: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+def places_of(n_places: int, counts: NDArray[np.int64], seed: Word) -> NDArray[np.int64]:
     """How many of the first `n_places` places of a mixture fall to each corpus, (corpora,)."""
     whole, rest = divmod(n_places, PERIOD)
     slots = _slots(np.arange(rest), np.full(rest, whole), seed)
@@ -110,7 +77,7 @@ def places_of(n_places: int, counts: NDArray[np.int64], seed: int) -> NDArray[np
     return whole * counts + begun
 
 
-def _slots(places: NDArray[np.int64], periods: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+def _slots(places: NDArray[np.int64], periods: NDArray[np.int64], seed: Word) -> NDArray[np.int64]:
     """The permutation of each period of a mixture."""
     return permute(places, periods, PERIOD, np.uint64(stream(seed, 0, 0, PURPOSE_MIXTURE)))
 

@@ -2,7 +2,8 @@
 
 What is computed together (packing, batch statistics, dropout keyed by (seed, step, j)) is therefore the same on any
 world size. Cells are sorted by tokens and dealt out like cards, to and fro: micro-batches of equally many cells, whose
-token counts differ by no more than the longest and the shortest cell do.
+token counts differ by no more than the longest and the shortest cell do. Where each is to be of one domain, the cells
+of each domain are dealt by themselves.
 """
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,17 @@ def micro_batches(lengths: NDArray[np.integer], micro_batch_size: int) -> list[N
     owner[longest_first] = np.where(deal % 2 == 0, card, n_micro - 1 - card)
     by_owner = np.argsort(owner, kind="stable")
     return np.split(by_owner, np.cumsum(np.bincount(owner, minlength=n_micro))[:-1])
+
+
+def one_domain_batches(lengths: NDArray[np.integer], domains: NDArray[np.integer],
+                       micro_batch_size: int) -> list[NDArray[np.int64]]:
+    """As `micro_batches`, each of cells of one domain; most tokens first, so that ranks work on alike ones together.
+
+    `domains`: (cells,). Where `micro_batch_size` divides the cells of every domain, all have as many.
+    """
+    dealt = [own[batch] for domain in np.unique(domains).tolist() for own in [np.flatnonzero(domains == domain)]
+             for batch in micro_batches(lengths[own], micro_batch_size)]
+    return sorted(dealt, key=lambda batch: -int(lengths[batch].sum()))
 
 
 def of_rank(n_micro: int, rank: int, world_size: int) -> range:

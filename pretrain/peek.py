@@ -54,7 +54,7 @@ def peek(config: TrainConfig, step: int, *, world_size: int = 1) -> Peek:
     corpus = Corpus.open(config)
     names = {source_hash(source.name): source.name for manifest in corpus.manifests for source in manifest.sources}
     cells = tuple(sorted(cell for rank in range(world_size)
-                         for batch in Loader.of_run(config, corpus.train, corpus.vocab, rank=rank,
+                         for batch in Loader.of_run(config, corpus, rank=rank,
                                                     world_size=world_size).load(step).micro_batches
                          for cell in _cells(batch, names)))
     digest = hashlib.sha256("".join(f"{cell.cell_id} {cell.sha256}\n" for cell in cells).encode()).hexdigest()

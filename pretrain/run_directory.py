@@ -14,12 +14,10 @@ from pretrain.checkpoint import RunState
 from pretrain.config import TrainConfig, differences
 from pretrain.corpus import Corpus
 from pretrain.metrics import RunLog, say
-from pretrain.mixture import Mixture
 from pretrain.precision import resolve_precision
 from pretrain.recovery import hold_rank
 from pretrain.world import World
 from scgpt.config import load_config
-from scgpt.data import TokenDataset
 from scgpt.errors import ConfigError
 from scgpt.files import TEMPORARY_PREFIX, remove, write_bytes
 
@@ -27,15 +25,15 @@ CONFIG, DEEPSPEED, VOCAB, CHECKPOINTS = "config.yaml", "deepspeed.json", "vocab.
 _PACKAGES = ("scgpt-pretrain", "torch", "deepspeed", "numpy", "numba")
 
 
-def total_steps(config: TrainConfig, train: TokenDataset | Mixture) -> int:
+def total_steps(config: TrainConfig, corpus: Corpus) -> int:
     """Optimizer steps until the first of the limits of `train`; tokens are those of the average step."""
-    limits, n_cells, size = config.train, len(train), config.batch.global_batch_size
+    limits, size = config.train, config.batch.global_batch_size
     steps = [limits.max_steps] if limits.max_steps is not None else []
     if limits.max_epochs is not None:
-        steps.append(math.ceil(limits.max_epochs * n_cells / size))
+        steps.append(math.ceil(corpus.order.n_cells(limits.max_epochs) / size))
     if limits.max_tokens is not None:
-        tokens = (train.lengths.clip(max=config.objective.context_length - 1) + 1).sum()
-        steps.append(math.ceil(limits.max_tokens / (tokens / n_cells * size)))
+        tokens_a_cell = corpus.order.mean(corpus.train.lengths.clip(max=config.objective.context_length - 1) + 1)
+        steps.append(math.ceil(limits.max_tokens / (tokens_a_cell * size)))
     return max(1, min(steps))
 
 
@@ -64,7 +62,7 @@ def open_run(config: TrainConfig, path: Path, corpus: Corpus, world: World) -> I
     config.batch.accumulation(world.world_size)   # before anything is made
     world.of_first(lambda: _claim(path))
     with hold_rank(path, world, tell=say):
-        total = total_steps(config, corpus.train)
+        total = total_steps(config, corpus)
         world.of_first(lambda: _check_same(config, path))
         log = RunLog(path, config, total_steps=total, first=world.is_first)
         try:

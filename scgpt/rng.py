@@ -31,6 +31,9 @@ PURPOSE_HOLD_OUT = np.uint64(8)    # the split of a cell, where cells are held o
 PURPOSE_DROPOUT = np.uint64(9)     # seed of a micro-batch's dropout: (seed, step, its number) for epoch and cell
 PURPOSE_WEIGHTS = np.uint64(10)    # seed of a model's first weights
 PURPOSE_MIXTURE = np.uint64(11)    # which corpus a place of a mixture falls to; seed of the order of each corpus
+PURPOSE_DEPTH = np.uint64(12)      # in which epochs a cell of few genes comes up
+PURPOSE_DOMAIN = np.uint64(13)     # seed of the order of groups of one domain, and of the order of each domain's cells
+PURPOSE_UNEXPRESSED = np.uint64(14)   # which genes without expression join a cell
 
 
 @njit(cache=True, nogil=True, inline="always")

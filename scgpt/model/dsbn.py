@@ -1,5 +1,9 @@
 """Domain-specific batch normalisation: one set of statistics a domain (Chang et al., CVPR 2019)."""
+from typing import cast
+
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _DomainSpecificBatchNorm(nn.Module):
@@ -47,8 +51,26 @@ class _DomainSpecificBatchNorm(nn.Module):
             raise ValueError(f"domain label {domain_label} is not one of the {self.num_domains} domains "
                              f"(0 to {self.num_domains - 1})")
         self._cur_domain = domain_label
-        normed: Tensor = self.bns[domain_label](x)
-        return normed
+        return self._normed(x, cast(_BatchNorm, self.bns[domain_label]), domain_label)
+
+    def _normed(self, x: Tensor, norm: _BatchNorm, domain_label: int) -> Tensor:
+        """As `norm(x)`, but whichever domain it is, the same module runs and every domain's weights get a gradient.
+
+        Ranks that train on different domains at a time would otherwise reduce the gradients of different weights
+        together, or wait for each other's modules (ZeRO).
+        """
+        weight = bias = None
+        if norm.affine:
+            weight, bias = (torch.stack([getattr(each, name) for each in self.bns])[domain_label]
+                            for name in ("weight", "bias"))
+        factor = norm.momentum
+        if norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            factor = 1.0 / float(norm.num_batches_tracked) if factor is None else factor
+        updated = norm.track_running_stats or not norm.training
+        return torch.nn.functional.batch_norm(
+            x, norm.running_mean if updated else None, norm.running_var if updated else None, weight, bias,
+            norm.training or norm.running_mean is None, factor or 0.0, norm.eps)
 
 
 class DomainSpecificBatchNorm1d(_DomainSpecificBatchNorm):

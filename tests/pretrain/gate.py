@@ -60,8 +60,7 @@ def run(config: TrainConfig, steps: int, world: World) -> dict[str, Any]:
         update()
 
     engine.deepspeed.step = step
-    loader = Loader.of_run(config, corpus.train, corpus.vocab, rank=world.rank, world_size=world.world_size,
-                           labels=corpus.train_labels)
+    loader = Loader.of_run(config, corpus, rank=world.rank, world_size=world.world_size)
     losses: list[float] = []
     graphs: list[int] = []
     for number in range(steps):

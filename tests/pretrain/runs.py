@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from pretrain.checkpoint import find, validate
@@ -28,6 +30,16 @@ def make_corpus(folder: Path, *, n_train: int = 60, n_valid: int = 13) -> Path:
     lengths = [3 + (7 * i) % 50 for i in range(n_train + n_valid)]
     write_corpus(folder, {"train": [random_cells(lengths[:n_train], source="train")],
                           "valid": [random_cells(lengths[n_train:], seed=1, source="valid")]})
+    return folder
+
+
+def write_two_sources(folder: Path) -> Path:
+    """A corpus whose metadata name two sources."""
+    make_corpus(folder)
+    for path in folder.rglob("*.obs.parquet"):
+        table = pq.read_table(path)
+        sources = pa.array(["ab"[i % 2] for i in range(len(table))]).dictionary_encode()
+        pq.write_table(table.set_column(table.column_names.index("source"), "source", sources), path)
     return folder
 
 

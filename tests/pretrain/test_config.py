@@ -70,3 +70,15 @@ def test_a_run_may_not_go_on_with_anything_else_changed(setting):
     key = setting.partition("=")[0]
     found = differences(config_of().model_dump(mode="json"), config_of(setting))
     assert [line.partition(":")[0] for line in found] == [key]
+
+
+def test_micro_batches_that_decide_which_cells_are_drawn_may_not_change():
+    domains = ("data.batch_column=source", "data.one_domain_batches=true")
+    saved = config_of(*domains).model_dump(mode="json")
+    changed = config_of(*domains, "batch.micro_batch_size=2", "data.workers=0")
+    assert [line.partition(":")[0] for line in differences(saved, changed)] == ["batch.micro_batch_size"]
+
+
+def test_one_domain_batches_ask_for_the_domain():
+    with pytest.raises(ConfigError, match=r"one_domain_batches needs .*data\.batch_column"):
+        config_of("data.one_domain_batches=true")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pretrain.config import TrainConfig
 from pretrain.data import Loader
+from pretrain.draw import order_of
 from pretrain.order import Blocks
 from pretrain.peek import peek
 from scgpt.collate import CollateConfig
@@ -26,7 +27,8 @@ CELLS = CellsInMemory(random_cells(101, longest=60))
 
 def loader_of(rank=0, world_size=1, workers=0, micro_batch_size=2, evaluation=False, cells=CELLS, seed=3, blocks=None):
     return Loader(cells, CONFIG, cls_id=CLS_ID, seed=seed, global_batch_size=48, micro_batch_size=micro_batch_size,
-                  rank=rank, world_size=world_size, workers=workers, evaluation=evaluation, blocks=blocks)
+                  rank=rank, world_size=world_size, workers=workers, evaluation=evaluation,
+                  order=None if evaluation else order_of(cells, seed=seed, blocks=blocks))
 
 
 def digests_of(batch):

@@ -58,7 +58,8 @@ def test_the_first_limit_ends_a_run(corpus_dir):
     train = Corpus.open(config_of(corpus_dir)).train   # 60 cells, 8 a step
 
     def steps(*settings):
-        return total_steps(config_of(corpus_dir, "train.max_steps=null", *settings), train)
+        config = config_of(corpus_dir, "train.max_steps=null", *settings)
+        return total_steps(config, Corpus.open(config))
 
     assert steps("train.max_epochs=2") == 15
     assert steps("train.max_epochs=2", "train.max_steps=7") == 7

@@ -2,8 +2,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from pretrain.config import TrainConfig
@@ -69,10 +67,10 @@ def test_a_mixture_numbers_its_corpora_together(corpus_dir, tmp_path):
 def test_a_micro_batch_carries_the_labels_of_its_cells(corpus_dir):
     corpus = Corpus.open(config_of(corpus_dir, *CLASSES))
     labels = replace(corpus.train_labels, batches=np.arange(len(corpus.train), dtype=np.int32))
+    corpus = replace(corpus, train_labels=labels)
     place = {cell: i for i, cell in enumerate(
         corpus.train.fetch(np.arange(len(corpus.train))).columns["cell_id"].tolist())}
-    loader = Loader.of_run(config_of(corpus_dir, *CLASSES), corpus.train, corpus.vocab, rank=0, world_size=1,
-                           labels=labels)
+    loader = Loader.of_run(config_of(corpus_dir, *CLASSES), corpus, rank=0, world_size=1)
     for batch in loader.load(3).micro_batches:
         places = [place[cell] for cell in batch.cell_ids.tolist()]
         assert batch.batch_labels.tolist() == places
@@ -81,8 +79,7 @@ def test_a_micro_batch_carries_the_labels_of_its_cells(corpus_dir):
 
 def test_without_labels_a_batch_is_left_as_it_is(corpus_dir):
     corpus = Corpus.open(config_of(corpus_dir))
-    (batch, *_) = Loader.of_run(config_of(corpus_dir), corpus.train, corpus.vocab, rank=0,
-                                world_size=1).load(0).micro_batches
+    (batch, *_) = Loader.of_run(config_of(corpus_dir), corpus, rank=0, world_size=1).load(0).micro_batches
     assert Labels().attach(batch, np.arange(len(batch))) is batch
 
 
@@ -104,29 +101,25 @@ def test_labels_that_do_not_fit_are_refused_in_one_sentence(corpus_dir, settings
 
 
 def test_domains_with_norms_of_their_own_must_not_share_a_micro_batch(corpus_dir, tmp_path):
-    two = write_two_sources(tmp_path / "two")
+    two = runs.write_two_sources(tmp_path / "two")
     domains = ("data.batch_column=source", "model.n_batch_labels=2")
     with pytest.raises(ConfigError, match=r"2 domains whose cells share a micro-batch.*domain_spec_batchnorm"):
         Corpus.open(config_of(two, *domains, "model.domain_spec_batchnorm=true"))
     assert Corpus.open(config_of(two, *domains, "model.domain_spec_batchnorm=batchnorm")).label_values == {
         "source": ["a", "b"]}
     Corpus.open(config_of(corpus_dir, *domains, "model.domain_spec_batchnorm=dsbn"))   # one domain
-
-
-def write_two_sources(folder: Path) -> Path:
-    """A corpus whose metadata name two sources."""
-    runs.make_corpus(folder)
-    for path in folder.rglob("*.obs.parquet"):
-        table = pq.read_table(path)
-        sources = pa.array(["ab"[i % 2] for i in range(len(table))]).dictionary_encode()
-        pq.write_table(table.set_column(table.column_names.index("source"), "source", sources), path)
-    return folder
+    alone = config_of(two, *domains, "model.domain_spec_batchnorm=dsbn", "data.one_domain_batches=true")
+    opened = Corpus.open(alone)
+    for step in range(30):
+        for batch in Loader.of_run(alone, opened, rank=0, world_size=1).load(step).micro_batches:
+            assert len(batch) == alone.batch.micro_batch_size
+            assert len(set(batch.batch_labels.tolist())) == 1
 
 
 @pytest.mark.slow
 def test_classes_domains_similarity_contrast_and_batch_norm_train_on_two_ranks_and_validate_alike(tmp_path):
     """All terms at once: the losses of training fall, and validation has the terms that need no second pass."""
-    corpus = write_two_sources(tmp_path / "corpus")
+    corpus = runs.write_two_sources(tmp_path / "corpus")
     settings = (*CLASSES, "data.batch_column=source", "model.n_batch_labels=2", "model.use_batch_labels=true",
                 "model.dab=true", "model.domain_spec_batchnorm=batchnorm", "model.explicit_zero_prob=true",
                 "objective.weights.ecs=10", "objective.weights.cce=10", "train.max_steps=20", "train.eval_every=20",

@@ -4,6 +4,7 @@ import pytest
 from pretrain.config import TrainConfig
 from pretrain.corpus import Corpus
 from pretrain.data import Loader
+from pretrain.draw import order_of
 from pretrain.mixture import Mixture
 from pretrain.order import PERIOD
 from pretrain.peek import peek
@@ -61,12 +62,13 @@ def test_cells_are_numbered_through_and_fetched_in_any_order(mixture):
 
 
 def test_a_step_deals_cells_by_weight_and_epochs_are_told(mixture):
-    cells, _ = mixture.batch(0, global_batch_size=PERIOD, seed=1, blocks=None)
+    order = order_of(mixture, seed=1)
+    cells, _ = order.batch(0, PERIOD)
     assert np.count_nonzero(cells < 60) == PERIOD // 4
-    assert mixture.epochs(PERIOD, seed=1) == [PERIOD / 4 / 60, PERIOD * 3 / 4 / 31]
+    assert order.epochs(PERIOD) == pytest.approx([PERIOD / 4 / 60, PERIOD * 3 / 4 / 31], rel=1e-12)
     for n_cells in (0, 1, 100, 1_000):
         of_a = np.count_nonzero(cells[:n_cells] < 60)
-        assert mixture.epochs(n_cells, seed=1) == [of_a / 60, (n_cells - of_a) / 31]
+        assert order.epochs(n_cells) == pytest.approx([of_a / 60, (n_cells - of_a) / 31], rel=1e-12)
 
 
 @pytest.mark.parametrize("settings", [(), ("data.order=blocks", "data.block_cells=8", "data.window_blocks=2")])
@@ -85,7 +87,7 @@ def test_blocks_train_on_every_cell_once_an_epoch(folders):
                                                "batch.global_batch_size=12", "batch.micro_batch_size=4"],
                          kind="pretrain")
     corpus = Corpus.open(config)
-    loader = Loader.of_run(config, corpus.train, corpus.vocab, rank=0, world_size=1)
+    loader = Loader.of_run(config, corpus, rank=0, world_size=1)
     seen = [cell for step in range(5) for batch in loader.load(step).micro_batches for cell in batch.cell_ids.tolist()]
     assert sorted(seen) == sorted(corpus.train.fetch(np.arange(60)).columns["cell_id"].tolist())
 

@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from pretrain.order import (
     PERIOD,
     ROUNDS,
-    global_batch,
     in_order,
-    mixed_batch,
     permute,
     permute_in_blocks,
     shares,
@@ -52,17 +50,6 @@ def test_agrees_with_the_slow_twin(n_cells, epoch):
     assert order.tolist() == [slow_permute(place, epoch, n_cells, 3) for place in range(n_cells)]
 
 
-@settings(max_examples=30, deadline=None)
-@given(n_cells=st.integers(1, 40), size=st.integers(1, 60), n_steps=st.integers(1, 12))
-def test_global_batches_are_the_epochs_end_to_end(n_cells, size, n_steps):
-    n_epochs = -(-n_steps * size // n_cells)
-    expected = np.concatenate([epoch_order(n_cells, 9, epoch) for epoch in range(n_epochs)])[:n_steps * size]
-    steps = [global_batch(step, n_cells=n_cells, global_batch_size=size, seed=9) for step in range(n_steps)]
-    np.testing.assert_array_equal(np.concatenate([indices for indices, _ in steps]), expected)
-    np.testing.assert_array_equal(np.concatenate([epochs for _, epochs in steps]),
-                                  np.arange(n_steps * size) // n_cells)
-
-
 def test_epochs_and_seeds_have_orders_of_their_own():
     orders = [tuple(epoch_order(1_000, seed, epoch)) for seed in range(3) for epoch in range(3)]
     assert len(set(orders)) == len(orders)
@@ -87,34 +74,9 @@ def test_neighbours_in_storage_do_not_stay_neighbours():
     assert eighths.var() == pytest.approx(512 / 8 * 7 / 8, rel=0.15)   # as drawn at random, neither more nor less even
 
 
-def test_any_position_of_a_trillion_cells_at_once():
-    n_cells = 10**12
-    indices, epochs = global_batch(5 * 10**9, n_cells=n_cells, global_batch_size=512, seed=0)
-    assert len(np.unique(indices)) == 512
-    assert indices.min() >= 0
-    assert indices.max() < n_cells
-    assert np.unique(epochs).tolist() == [2]
-    assert indices[0] == slow_trillion(5 * 10**9 * 512 % n_cells)
-
-
-def slow_trillion(place):
-    side = 10**6
-    key = np.uint64(stream(0, 2, 0, PURPOSE_ORDER))
-    a, b = divmod(place, side)
-    for r in range(0, ROUNDS, 2):
-        a = (a + int(bits(np.uint64(bits(key, r)), b))) % side
-        b = (b + int(bits(np.uint64(bits(key, r + 1)), a))) % side
-    return a * side + b
-
-
 def test_evaluation_goes_once_through_the_cells_in_stored_order():
     steps = [in_order(step, n_cells=10, global_batch_size=4)[0].tolist() for step in range(4)]
     assert steps == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], []]
-
-
-def test_a_split_without_cells_is_refused():
-    with pytest.raises(DataError, match="no cells to train on"):
-        global_batch(0, n_cells=0, global_batch_size=4, seed=0)
 
 
 # ---- blocks
@@ -157,7 +119,7 @@ def test_blocks_come_in_another_order_each_epoch_and_start_elsewhere():
     assert len({int(np.sort(order[:50])[0]) % 50 for order in orders}) > 1
 
 
-# ---- mixtures
+# ---- shares of a mixture
 
 
 @settings(max_examples=60, deadline=None)
@@ -174,48 +136,3 @@ def test_shares_are_the_weights_to_one_place(weights):
 def test_weights_that_deal_nothing_are_refused(weights):
     with pytest.raises(DataError, match="mixture"):
         shares(weights)
-
-
-def mixed(n_steps, size, n_cells, weights, seed=0, first=0):
-    counts = shares(weights)
-    steps = [mixed_batch(step, n_cells=n_cells, counts=counts, global_batch_size=size, seed=seed)
-             for step in range(first, first + n_steps)]
-    return [np.concatenate(parts) for parts in zip(*steps, strict=True)]
-
-
-def test_every_period_holds_exactly_the_shares():
-    corpora, _, _ = mixed(2 * PERIOD // 512, 512, [70_000, 300, 5_000], [2, 1, 0.5])
-    for period in range(2):
-        found = np.bincount(corpora[period * PERIOD:(period + 1) * PERIOD], minlength=3)
-        np.testing.assert_array_equal(found, shares([2, 1, 0.5]))
-    near = np.bincount(corpora[:4_096], minlength=3) / 4_096   # and they are mixed, not one after the other
-    np.testing.assert_allclose(near, np.array([2, 1, 0.5]) / 3.5, atol=0.05)
-
-
-@settings(max_examples=20, deadline=None)
-@given(n_cells=st.lists(st.integers(1, 400), min_size=1, max_size=4), seed=st.integers(0, 2**62), data=st.data())
-def test_each_corpus_of_a_mixture_goes_through_epochs_of_its_own(n_cells, seed, data):
-    weights = data.draw(st.lists(st.floats(0.1, 10), min_size=len(n_cells), max_size=len(n_cells)))
-    corpora, indices, epochs = mixed(8, 256, n_cells, weights, seed)
-    for corpus, cells in enumerate(n_cells):
-        own_indices, own_epochs = indices[corpora == corpus], epochs[corpora == corpus]
-        drawn = np.bincount(own_indices, minlength=cells)
-        assert len({(epoch, index) for epoch, index in zip(own_epochs.tolist(), own_indices.tolist(), strict=True)}) \
-            == len(own_indices)
-        assert drawn.max(initial=0) <= own_epochs.max(initial=0) + 1
-
-
-def test_a_corpus_runs_through_whole_epochs_over_whole_periods():
-    """All places of some periods at once: every cell of a finished epoch exactly once."""
-    corpora, indices, epochs = mixed(PERIOD // 256, 256, [1_000, 77], [3, 1])
-    for corpus, cells in enumerate((1_000, 77)):
-        for epoch in range(int(shares([3, 1])[corpus]) // cells):
-            mine = indices[(corpora == corpus) & (epochs == epoch)]
-            np.testing.assert_array_equal(np.sort(mine), np.arange(cells))
-
-
-def test_steps_of_a_mixture_are_places_end_to_end():
-    whole = mixed(1, 640, [50, 60], [1, 2], seed=3)
-    parts = mixed(10, 64, [50, 60], [1, 2], seed=3)
-    for one, other in zip(whole, parts, strict=True):
-        np.testing.assert_array_equal(one, other)

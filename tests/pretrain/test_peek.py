@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 
 import pytest
@@ -9,6 +10,7 @@ from pretrain.peek import peek
 from scgpt.config import load_config
 from scgpt.errors import ConfigError
 from tests.pretrain import runs
+from tests.pretrain.runs import write_two_sources
 from tests.scgpt.data.cells import random_cells, write_corpus
 
 
@@ -18,6 +20,11 @@ def corpus(tmp_path_factory):
     write_corpus(folder, {"train": [random_cells([3 + (7 * i) % 50 for i in range(60)], source="a")],
                           "valid": [random_cells([5, 6], seed=1, source="b")]})
     return folder
+
+
+@pytest.fixture(scope="module")
+def domains_corpus(tmp_path_factory):
+    return write_two_sources(tmp_path_factory.mktemp("domains") / "corpus")
 
 
 def config_of(corpus, *settings):
@@ -34,6 +41,24 @@ def test_every_world_size_shows_the_same_cells_and_digest(corpus):
             assert (several.cells, several.digest) == (alone.cells, alone.digest)
 
 
+DOMAINS = ("data.batch_column=source", "data.one_domain_batches=true")
+THIN = "data.full_genes=30"
+BLOCKS = ("data.order=blocks", "data.block_cells=8", "data.window_blocks=3")
+
+
+@pytest.mark.parametrize("settings", [(THIN,), DOMAINS, (*DOMAINS, THIN), (*DOMAINS, THIN, *BLOCKS)],
+                         ids=lambda settings: " ".join(settings))
+@pytest.mark.parametrize("corpora", ["one", "mixture"])
+def test_every_world_size_shows_the_same_cells_and_digest_with_every_option(domains_corpus, corpus, corpora, settings):
+    given = domains_corpus if corpora == "one" else f"[{{path: {domains_corpus}}}, {{path: {corpus}, weight: 2}}]"
+    config = config_of(given, "model.n_batch_labels=3", *settings)
+    for step in (0, 7, 300):
+        alone = peek(config, step)
+        assert len(alone.cells) == 8
+        assert peek(config, step, world_size=2) == dataclasses.replace(alone, world_size=2)
+        assert peek(config, step, world_size=4) == dataclasses.replace(alone, world_size=4)
+
+
 def test_steps_and_seeds_differ(corpus):
     digests = {peek(config_of(corpus, f"train.seed={seed}"), step).digest for seed in (0, 1) for step in (0, 1)}
     assert len(digests) == 4
@@ -43,7 +68,7 @@ def test_a_cell_is_what_the_loader_hands_to_the_model(corpus):
     config = config_of(corpus)
     opened = Corpus.open(config)
     shown = {cell.cell_id: cell for cell in peek(config, 3).cells}
-    for batch in Loader.of_run(config, opened.train, opened.vocab, rank=0, world_size=1).load(3).micro_batches:
+    for batch in Loader.of_run(config, opened, rank=0, world_size=1).load(3).micro_batches:
         for i, cell_id in enumerate(batch.cell_ids.tolist()):
             tokens = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
             content = b"".join(array[tokens].tobytes() for array in (batch.gene_ids, batch.values, batch.targets,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pretrain.config import TrainConfig
 from pretrain.data import Loader
 from pretrain.draw import order_of
+from pretrain.labels import Labels
 from pretrain.order import Blocks
 from pretrain.peek import peek
 from scgpt.collate import CollateConfig
@@ -155,6 +156,37 @@ def test_batches_are_the_same_to_the_bit_in_every_form_and_place(forms, blocks):
         for name, dataset in cells.items():
             found = loader_of(cells=dataset, blocks=blocks).load(step).micro_batches
             assert all(equal(one, other) for one, other in zip(found, expected, strict=True)), name
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data(), step=st.integers(0, 10**7), workers=st.sampled_from([0, 1, 3]),
+       worlds=st.tuples(*[st.sampled_from([1, 2, 3, 8])] * 2), blocks=st.sampled_from([None, Blocks(4, 3)]),
+       full_genes=st.sampled_from([None, 35]), one_domain=st.booleans())
+def test_a_resume_on_other_ranks_workers_and_storage_goes_on_with_the_same_micro_batches(
+        forms, data, step, workers, worlds, blocks, full_genes, one_domain):
+    """Every tensor of every cell, and which cells are computed together, with every option of the order."""
+    labels = Labels(batches=np.random.default_rng(0).integers(0, 3, 99).astype(np.int32))
+
+    def gathered(world_size, place, workers):
+        cells = TokenDataset.open(place)
+        order = order_of(cells, seed=3, blocks=blocks, full_genes=full_genes, group=2,
+                         domains=labels.batches if one_domain else None)
+        found = {}
+        for rank in range(world_size):
+            loader = Loader(cells, CONFIG, cls_id=CLS_ID, seed=3, global_batch_size=48, micro_batch_size=2, rank=rank,
+                            world_size=world_size, workers=workers, order=order, labels=labels, one_domain=one_domain)
+            with loader.batches(step) as steps:
+                for _ in range(2):
+                    part = next(steps)
+                    found |= {(part.step, j): batch for j, batch in zip(part.numbers, part.micro_batches, strict=True)}
+        return found
+
+    places = [forms[data.draw(st.sampled_from(sorted(forms)))] for _ in range(2)]
+    before, after = (gathered(*which, workers if i else 0) for i, which in enumerate(zip(worlds, places, strict=True)))
+    assert before.keys() == after.keys() == {(step + i, j) for i in range(2) for j in range(24)}
+    assert all(equal(before[key], after[key]) for key in before)
+    if one_domain:
+        assert all(len(set(batch.batch_labels.tolist())) == 1 for batch in before.values())
 
 
 def test_threads_read_one_corpus_of_any_form_together(forms):

@@ -178,17 +178,19 @@ def _read(path: Path, tree: _Tree, seen: tuple[Path, ...]) -> None:
                           fix="remove one include")
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), _Loader)
+        origins: dict[Location, str] = {}
+        values = _construct(node, path, (), origins) if isinstance(node, yaml.MappingNode) else {}
     except OSError as error:
         raise ConfigError(f"the configuration cannot be read: {error.strerror}", where=str(path),
                           fix="give the path of a YAML file or the name of a configuration that ships") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"not YAML: {' '.join(str(error).split())}", where=str(path), fix="mend the file") from error
+    except RecursionError as error:   # brackets by the thousand, or an alias of what it stands in
+        raise ConfigError("it is nested without end", where=str(path), fix="mend the file") from error
     if node is None:
         return
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError("a configuration must be a mapping of keys", where=str(path), fix="write `key: value` lines")
-    origins: dict[Location, str] = {}
-    values = _construct(node, path, (), origins)
     includes = values.pop("include", [])
     for include in [includes] if isinstance(includes, str) else includes:
         _read(path.parent / include, tree, (*seen, path))
@@ -221,7 +223,7 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
                           fix="write key=value, for example seed=1")
     try:
         return key.split("."), yaml.load(text, _Loader)  # noqa: S506 our loader is a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"the value of '{key}' is not YAML: {' '.join(str(error).split())}", where="command line",
                           fix="quote it, or mend the brackets") from error
 
@@ -244,7 +246,8 @@ def _explain(cls: type[Config], error: ValidationError,
     if isinstance(cause, ConfigError):
         return ConfigError(cause.what, where=cause.where or where, fix=cause.fix)
     message = str(cause) if cause is not None else fault["msg"]
-    shown = f"'{dotted}' = {fault['input']!r}" if dotted and not isinstance(fault["input"], Mapping) else f"'{dotted}'"
+    given = f" = {fault['input']!r:.200}" if dotted and not isinstance(fault["input"], Mapping) else ""
+    shown = f"'{dotted}'{given}"
     return ConfigError(f"wrong value of {shown}: {message[:1].lower()}{message[1:]}", where=where, fix="mend the value")
 
 

@@ -84,7 +84,8 @@ def test_the_resolved_tree_reads_back_equal(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ("seed: [1", "not YAML"),
+    ("seed: [1", "not YAML"), ("seed: &a [*a]", "nested without end"),
+    pytest.param(f"seed: {'[' * 3000}", "nested without end", id="deep"),
     ("- 1\n", "must be a mapping"),
     ("seed: 1\nseed: 2\n", "written twice"),
     ("seed: x\n", "wrong value of 'seed' = 'x'"),
@@ -96,7 +97,8 @@ def test_a_file_that_is_wrong_is_refused_in_one_sentence(tmp_path: Path, text: s
 
 
 @pytest.mark.parametrize(("override", "says"), [
-    ("seed", "not a setting"), ("=1", "not a setting"), ("seed=[", "not YAML"), ("sede=1", "did you mean 'seed'?"),
+    ("seed", "not a setting"), ("=1", "not a setting"), ("seed=[", "not YAML"), pytest.param(f"seed={'[' * 3000}", "not YAML", id="deep"),
+    ("sede=1", "did you mean 'seed'?"),
     ("batch.rate=.inf", "wrong value of 'batch.rate' = inf"), ("batch.rate=.nan", "wrong value of 'batch.rate'"),
     (f"seed={2**63}", "wrong value of 'seed'"), ("seed=-1", "wrong value of 'seed'"),
     ("ratio=2", "wrong value of 'ratio' = 2"), ("ratio=[0.1, 2]", "wrong value of 'ratio"),

@@ -21,6 +21,7 @@ from data_pipeline.plan import Plan
 from scgpt import files
 from scgpt.data import Manifest
 from scgpt.data.manifest import MANIFEST, VOCAB
+from scgpt.data.schema import FORMAT
 from scgpt.errors import ConfigError, ScgptError
 
 BUILD, LOCK, RUN = ".build", ".lock", "run.json"
@@ -97,6 +98,10 @@ def claim(out: Path, plan: Plan, *, fresh: bool) -> Iterator[BuildDir]:
     the work of this very plan (with `fresh`, what other builds have left is removed first; never what no build made).
     """
     build, existed = BuildDir(out, plan.sha256), out.exists()
+    for source in plan.sources:
+        if not source.path.is_remote and source.path.path.resolve() in out.resolve().parents:
+            raise ConfigError(f"the directory lies within the source '{source.name}', which would change",
+                              where=str(out), fix="give an --out beside it")
     with ExitStack() as held:
         try:
             if existed and not (out / LOCK).exists():
@@ -131,7 +136,7 @@ def finished(build: BuildDir) -> bool:
 def _check_content(build: BuildDir, plan: Plan, *, fresh: bool) -> None:
     """Raise ConfigError unless the directory is empty, or holds work of this plan, or (`fresh`) of any build."""
     found = {path.name for path in build.out.iterdir() if not path.name.startswith(files.TEMPORARY_PREFIX)} - {LOCK}
-    foreign = sorted(found - _OURS if found & {MANIFEST, BUILD} else found)
+    foreign = sorted(found - _OURS if BUILD in found or _is_ours(build.out / MANIFEST) else found)
     if foreign:
         raise ConfigError(f"the directory holds something else: {', '.join(foreign[:5])}", where=str(build.out),
                           fix="give an empty or new --out")
@@ -140,6 +145,11 @@ def _check_content(build: BuildDir, plan: Plan, *, fresh: bool) -> None:
         what = "a corpus" if MANIFEST in found else "an unfinished build"
         raise ConfigError(f"the directory holds {what} of another plan (its sources, settings or package version "
                           "differ)", where=str(build.out), fix="give another --out, or --fresh to replace it")
+
+
+def _is_ours(manifest: Path) -> bool:
+    """Whether it is the manifest of a corpus, damaged perhaps, and not what another program calls by this name."""
+    return manifest.exists() and FORMAT.encode() in manifest.read_bytes()
 
 
 def _clear(build: BuildDir) -> None:

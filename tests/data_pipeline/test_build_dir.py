@@ -9,7 +9,7 @@ from data_pipeline.build_dir import BUILD, LOCK, BuildDir, claim, finished
 from data_pipeline.plan import Plan, make_plan
 from data_pipeline.sources import Location
 from scgpt.errors import ConfigError, DataError
-from tests.data_pipeline.atlases import BLOOD, build_here, bytes_of, config_of
+from tests.data_pipeline.atlases import BLOOD, build_here, bytes_of, config_of, random_counts, write_zarr
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +155,23 @@ def test_a_touched_source_makes_the_work_start_anew(tmp_path: Path) -> None:
     with claim(tmp_path / "out", make_plan(config_of(path)), fresh=False) as build:
         assert build.read_record("block") is None
         assert json.loads((build.path / "plan.json").read_bytes())["states"] == [Location.of(path).state()]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_another_program_calls_a_manifest_makes_no_corpus(tmp_path: Path, plan: Plan, fresh: bool) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "mine").touch()
+    (tmp_path / "manifest.json").write_text('{"files": []}')
+    with pytest.raises(ConfigError, match="holds something else: manifest.json, train"), \
+            claim(tmp_path, plan, fresh=fresh):
+        pass
+    assert names(tmp_path) == {"train", "manifest.json"}
+    assert names(tmp_path / "train") == {"mine"}
+
+
+def test_a_directory_within_a_source_is_refused(tmp_path: Path) -> None:
+    path = write_zarr(tmp_path / "a.zarr", random_counts(1, 9, 20))
+    with pytest.raises(ConfigError, match="within the source 'a'"), \
+            claim(path / "out", make_plan(config_of(path)), fresh=False):
+        pass
+    assert not (path / "out").exists()

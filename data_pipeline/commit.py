@@ -53,7 +53,7 @@ def commit(build: BuildDir, plan: Plan, results: Results, *, timing: Mapping[str
     written.
     """
     ledgers = _by_source(plan, results)
-    _check(plan, ledgers, results.shards)
+    _check(plan, ledgers, results)
     groups = _groups(plan, results)
     splits = {name: _split_entry(plan, name, results, groups.get(name)) for name in SPLITS if name in results.shards}
     manifest = Manifest(
@@ -108,18 +108,19 @@ def _by_source(plan: Plan, results: Results) -> dict[int, Ledger]:
     return found
 
 
-def _check(plan: Plan, ledgers: Mapping[int, Ledger], shards: Mapping[str, Sequence[Record]]) -> None:
+def _check(plan: Plan, ledgers: Mapping[int, Ledger], results: Results) -> None:
     """What was planned = what was read = what is in the shards; per source."""
-    written = [shard["sources"] for split in shards.values() for shard in split]
+    written = [shard["sources"] for split in results.shards.values() for shard in split]
+    exact = all(record["integer"] for record in results.records)   # else stored as float32
     for place, ledger in ledgers.items():
         source = plan.sources[place]
         where = str(source.path)
-        books.check(ledger, where=where)
+        books.check(ledger, where=where, exact=exact)
         books.same(source.n_cells, ledger.cells_in, what="cells", where=where)
         for what, expected in (("cells", sum(ledger.cells_written.values())), ("values", ledger.values_written),
                                ("sum", ledger.sum_written)):
             books.same(expected, sum(shard.get(source.name, {what: 0})[what] for shard in written), what=what,
-                       where=where)
+                       where=where, exact=exact or what != "sum")
     if not any(sum(ledger.cells_written.values()) for ledger in ledgers.values()):
         reasons = books.total(ledgers.values()).filtered
         raise SourceError("no cell is left: " + ", ".join(f"{name} {cells:,}" for name, cells in reasons.items()),

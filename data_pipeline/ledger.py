@@ -12,6 +12,7 @@ from data_pipeline.tokenization import SUM_IN, SUM_UNMAPPED, VALUES_IN
 from scgpt.data.schema import RaggedBatch
 from scgpt.errors import DataError
 
+_EXACT = 2.0**53    # integers below have a float64 each
 _TOLERANCE = 1e-6   # relative, of sums of values that are no integers: stored as float32, added up in another order
 
 
@@ -77,7 +78,7 @@ def of_block(cells: RaggedBatch, reasons: NDArray[np.int8], splits: NDArray[np.i
         int(cells.columns[VALUES_IN].sum()), int(cells.lengths[kept].sum()), float(cells.columns[SUM_IN].sum()),
         float(sums[kept].sum()), float(sums[~kept].sum()),
         float(cells.columns[SUM_UNMAPPED].sum()))
-    check(ledger, where=where)
+    check(ledger, where=where, exact=cells.expressions.dtype.kind == "u")
     return ledger
 
 
@@ -96,18 +97,25 @@ def _sums(values, offsets):  # type: ignore[no-untyped-def]
     return sums
 
 
-def check(ledger: Ledger, *, where: str) -> None:
-    """Raise DataError unless cells in = written + filtered, and counts in = written + filtered + unmapped."""
+def check(ledger: Ledger, *, where: str, exact: bool = True) -> None:
+    """Raise DataError unless cells in = written + filtered, and counts in = written + filtered + unmapped.
+
+    exact: see `same`.
+    """
     cells_out = sum(ledger.cells_written.values()) + sum(ledger.filtered.values())
     if cells_out != ledger.cells_in:
         raise DataError(f"{ledger.cells_in} cells came in, {cells_out} are accounted for", where=where,
                         fix="please report this: a cell was lost or doubled")
-    same(ledger.sum_in, ledger.sum_written + ledger.sum_filtered + ledger.sum_unmapped, what="counts", where=where)
+    same(ledger.sum_in, ledger.sum_written + ledger.sum_filtered + ledger.sum_unmapped, what="counts", where=where,
+         exact=exact)
 
 
-def same(expected: float, found: float, *, what: str, where: str) -> None:
-    """Raise DataError unless two sums agree: exactly where both are integers, else to float32 rounding."""
-    exact = expected == int(expected) and found == int(found)
+def same(expected: float, found: float, *, what: str, where: str, exact: bool = True) -> None:
+    """Raise DataError unless two sums agree: exactly where both are integers that float64 holds, else to rounding.
+
+    exact: False for sums of values that are stored as float32, which rounds large integers.
+    """
+    exact = exact and all(value == round(value) and value < _EXACT for value in (expected, found))
     if expected != found if exact else abs(expected - found) > _TOLERANCE * max(abs(expected), 1.0):
         raise DataError(f"{what} of {expected:.17g} came in, {found:.17g} are accounted for", where=where,
                         fix="please report this: values were lost or doubled")

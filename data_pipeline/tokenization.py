@@ -9,7 +9,16 @@ from numba import njit
 from numpy.typing import NDArray
 
 from data_pipeline.genes import GeneMap
-from data_pipeline.sources.base import EXPRESSION_KINDS, RAW, Source, X, are_counts, describe_values, value_kind
+from data_pipeline.sources.base import (
+    EXPRESSION_KINDS,
+    MAX_VALUE,
+    RAW,
+    Source,
+    X,
+    are_counts,
+    describe_values,
+    value_kind,
+)
 from data_pipeline.sources.kinds import open_source
 from scgpt.data.schema import CELL_ID, SOURCE_ROW, RaggedBatch, cell_ids, gene_dtype, offsets_of
 from scgpt.errors import SourceError
@@ -37,7 +46,7 @@ def tokenize_block(source: Source, gene_map: GeneMap, first: int, last: int, *, 
 
     Returns a batch whose `expressions` are uint32 where all values are integers that fit, else float32, and whose
     columns are cell_id, source_row, VALUES_IN, SUM_IN, SUM_MITO and SUM_UNMAPPED.
-    Raises SourceError naming the row for values that are negative, NaN, infinite or (with `counts`) not integers.
+    Raises SourceError naming the row for values that are negative, NaN, above MAX_VALUE or (`counts`) not integers.
     """
     rows = source.read_rows(first, last)
     if rows.shape[1] != len(gene_map.tokens):   # a gene table beside the source: no check of the source itself sees it
@@ -83,7 +92,7 @@ def _tokenize(data, columns, indptr, tokens, mitochondrial, n_tokens, counts, fi
             value = np.float64(data[place])
             if value == 0.0:
                 continue
-            if not (value > 0.0 and value < np.inf) or (counts and value != np.floor(value)):
+            if not (value > 0.0 and value <= MAX_VALUE) or (counts and value != np.floor(value)):
                 return place
             n_values += 1
             total += value

@@ -204,7 +204,9 @@ class AnnDataFile(Source):
         n_obs, n_var = elements.n_rows(self._obs), elements.n_rows(self._var)
         if (n_obs, n_var) != (self.n_cells, self.n_genes):
             raise ValueError(f"a matrix of {self.n_cells} x {self.n_genes} with {n_obs} rows in obs and {n_var} in var")
-        if self.format != "dense":
+        if self.format == "dense":
+            elements.check_numbers(self._dense)
+        else:
             self._sparse.check()
 
     def _reading(self, what: str) -> contextlib.AbstractContextManager[None]:

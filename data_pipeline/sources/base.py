@@ -15,6 +15,7 @@ X, RAW, AUTO = "X", "raw", "auto"
 EXPRESSION_KINDS = ("counts", "expected_counts", "normalized", "log1p")
 _WORDS = {"expected_counts": "expected counts or other fractions", "normalized": "normalised values",
           "log1p": "log-normalised values"}
+MAX_VALUE = 1e30             # of a value: float32 holds it, and the sum of some
 _LOG_MAX = 30.0              # log1p of any count per cell stays below
 PROBE_VALUES = 1 << 18           # stored values looked at to tell counts from other values before any work
 
@@ -122,20 +123,22 @@ class Source(ABC):
 
 
 def are_counts(values: NDArray[np.generic]) -> bool:
-    """Whether all values are finite integers of 0 or more."""
+    """Whether all values are integers from 0 to MAX_VALUE."""
     if values.dtype.kind in "ub":
         return True
     numbers = np.asarray(values, np.float64)
-    return bool(np.isfinite(numbers).all() and (numbers >= 0).all() and (numbers == np.floor(numbers)).all())
+    return bool((numbers >= 0).all() and (numbers <= MAX_VALUE).all() and (numbers == np.floor(numbers)).all())
 
 
 def value_kind(values: NDArray[np.generic]) -> str:
-    """What values most likely are: one of EXPRESSION_KINDS, or "not finite", "negative"."""
+    """What values most likely are: one of EXPRESSION_KINDS, or "not finite", "negative", "too large"."""
     shown = np.asarray(values, np.float64)
     if not np.isfinite(shown).all():
         return "not finite"
     if (shown < 0).any():
         return "negative"
+    if (shown > MAX_VALUE).any():
+        return "too large"
     fractions = (shown != np.floor(shown)).mean() if len(shown) else 0.0
     if fractions == 0:
         return "counts"
@@ -149,6 +152,6 @@ def describe_values(values: NDArray[np.generic]) -> str:
     shown = np.asarray(values, np.float64)
     kind = value_kind(shown)
     fractional = shown[shown != np.floor(shown)]
-    return {"not finite": "NaN or infinite values", "counts": "integers",
+    return {"not finite": "NaN or infinite values", "too large": f"values above {MAX_VALUE:g}", "counts": "integers",
             "negative": f"negative values such as {shown.min(initial=0):.4g} (scaled data?)",
             }.get(kind) or f"{_WORDS[kind]} such as {fractional[0]:.4g}"

@@ -27,13 +27,18 @@ class StoredMatrix:
     minor: str         # "column" or "row", for messages
 
     def check(self) -> None:
-        """Compare the lengths of the arrays and the end of the last row; reads one number."""
+        """Look at the types of the arrays, their lengths, and where the first row begins and the last ends."""
+        elements.check_numbers(self.data)
+        for array in (self.indices, self.indptr):
+            elements.check_numbers(array, kinds="ui")
         lengths = {key: int(getattr(self, key).shape[0]) for key in ("data", "indices", "indptr")}
         if lengths["data"] != lengths["indices"] or lengths["indptr"] != self.n_major + 1:
             raise ValueError(f"a sparse matrix of {self.n_major} rows with {lengths['data']} values, "
                              f"{lengths['indices']} indices and {lengths['indptr']} boundaries")
         if self.n_major and (end := int(self.indptr[-1])) != lengths["data"]:
             raise ValueError(f"{lengths['data']} values where the boundaries say {end}")
+        if self.n_major and (begin := int(self.indptr[0])):
+            raise ValueError(f"boundaries that begin at {begin}, not at 0")
 
     @property
     def bytes_per_value(self) -> int:

@@ -103,6 +103,12 @@ def matrix_shape(element: Element) -> tuple[int, int]:
     return int(shape[0]), int(shape[1])
 
 
+def check_numbers(array: Element, *, kinds: str = "buif") -> None:
+    """Raise ValueError unless an array is of real numbers (by NumPy's letters of kinds); text would be parsed."""
+    if array.dtype.kind not in kinds:
+        raise ValueError(f"numbers of the type {array.dtype}")
+
+
 def chunk_bytes(array: Element) -> int:
     """Bytes of one decoded chunk of an array: what reading any part of it holds at least; 0 where it has no chunks."""
     if not array.chunks or array.dtype.itemsize == 0:

@@ -9,6 +9,7 @@ import glob
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,6 +241,8 @@ class Location:
         found = []
         for path in paths:
             status = path.stat()
+            if not stat.S_ISREG(status.st_mode):   # opening a pipe may never return
+                raise SourceError("it is neither a file nor a folder", where=str(path), fix="give a file")
             name = path.relative_to(root).as_posix() if path != root else root.name
             found.append(Entry(name, status.st_size, str(status.st_mtime_ns)))
         return sorted(found, key=lambda entry: entry.name)

@@ -124,3 +124,12 @@ def test_a_lost_content_hash_is_noticed_before_the_commit(tmp_path: Path, monkey
     with pytest.raises(DataError, match="content hashes of 50 came in, 49 are accounted for"):
         build_here(config_of(path), tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_integers_that_float32_rounds_are_no_lost_counts(tmp_path: Path) -> None:
+    """One value of a source is too wide for uint32: all are stored as float32, also the other source's."""
+    paths = [write_h5ad(tmp_path / f"{name}.h5ad", sparse.csr_matrix(np.array([[1, 2, value], [3, 0, 1]])), GENES[:3])
+             for name, value in (("a", 2.0**53 + 2), ("b", 2.0**24 + 1))]
+    manifest = build_here(config_of(*paths), tmp_path / "out")
+    assert [source.cells_written for source in manifest.sources] == [2, 2]
+    assert manifest.sources[1].expression_sum == 2**24 + 8

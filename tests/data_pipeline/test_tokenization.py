@@ -129,6 +129,14 @@ def test_one_value_too_wide_for_an_integer_widens_the_block(tmp_path: Path, last
     assert cells.columns[SUM_IN].tolist() == [4, 7 + last]
 
 
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_value_that_float32_may_not_hold_is_refused(tmp_path: Path, counts: bool) -> None:
+    matrix = sparse.csr_matrix(np.array([[3.0, 1, 0], [0, 7, 1e300]]))
+    with (open_source(write_h5ad(tmp_path / "a.h5ad", matrix, GENES[:3])) as source,
+          pytest.raises(SourceError, match="row 1 holds 1e.300, one of values above 1e.30, where")):
+        tokenize_block(source, map_source(source, VOCAB), 0, 2, counts=counts)
+
+
 def test_halves_of_one_gene_that_add_up_are_an_integer(tmp_path: Path) -> None:
     halves = np.array([[0, 0, 0.5, 0, 0.5, 2, 0, 0]])   # two columns of CD3D
     with open_source(write_h5ad(tmp_path / "a.h5ad", sparse.csr_matrix(halves), NAMES)) as source:

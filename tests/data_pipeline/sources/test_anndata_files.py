@@ -1,6 +1,7 @@
 import os
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import h5py
 import hdf5plugin
@@ -220,3 +221,23 @@ def test_old_encodings_agree_with_anndata(file: str, cells: int, genes: int, fir
         with pytest.warns(anndata.OldFormatWarning):
             atlas = anndata.read_h5ad(path)
         assert np.array_equal(matrix.toarray(), atlas.raw.X.toarray())
+
+
+@pytest.mark.parametrize(("key", "change", "message"), [
+    ("data", lambda values: values.astype(np.complex64), "numbers of the type complex64"),
+    ("data", lambda values: values.astype("S9"), "numbers of the type"),
+    ("indices", lambda values: values.astype(float), "numbers of the type float64"),
+    ("indptr", lambda values: values.astype(float), "numbers of the type float64"),
+    ("indptr", lambda values: np.concatenate([[3], values[1:]]), "boundaries that begin at 3"),
+    ("data", lambda values: values[:, None], "1-D|cannot be read")])
+def test_arrays_that_are_no_sparse_matrix_are_refused(tmp_path: Path, counts: sparse.csr_matrix, key: str, change: Any,
+                                                      message: str) -> None:
+    path = spoil(write_h5ad(tmp_path / "a.h5ad", counts), f"X/{key}", change)
+    with pytest.raises(SourceError, match=message), open_source(path, layer="X") as source:
+        source.read_rows(0, 60)
+
+
+def test_a_dense_matrix_of_text_is_refused(tmp_path: Path, counts: sparse.csr_matrix) -> None:
+    path = spoil(write_h5ad(tmp_path / "a.h5ad", counts.toarray()), "X", lambda values: values.astype("S9"))
+    with pytest.raises(SourceError, match="numbers of the type"):
+        open_source(path)

@@ -185,3 +185,12 @@ def test_the_public_bucket_of_the_census_is_read_as_nobody() -> None:
     pytest.importorskip("s3fs", reason="the extra [remote] is not installed")
     assert Location.of(f"{CENSUS}cell-census/x").file_system().anon is True
     assert Location.of("s3://another-bucket/x").file_system().anon is False
+
+
+def test_what_is_neither_file_nor_folder_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.h5ad")   # opening it would wait for ever
+    (tmp_path / "b.zarr").mkdir()
+    os.mkfifo(tmp_path / "b.zarr" / "c")
+    for name in ("a.h5ad", "b.zarr"):
+        with pytest.raises(SourceError, match="neither a file nor a folder"):
+            Location.of(tmp_path / name).fingerprint()

@@ -97,7 +97,8 @@ def test_a_file_that_is_wrong_is_refused_in_one_sentence(tmp_path: Path, text: s
 
 
 @pytest.mark.parametrize(("override", "says"), [
-    ("seed", "not a setting"), ("=1", "not a setting"), ("seed=[", "not YAML"), pytest.param(f"seed={'[' * 3000}", "not YAML", id="deep"),
+    ("seed", "not a setting"), ("=1", "not a setting"), ("seed=[", "not YAML"),
+    pytest.param(f"seed={'[' * 3000}", "not YAML", id="deep"),
     ("sede=1", "did you mean 'seed'?"),
     ("batch.rate=.inf", "wrong value of 'batch.rate' = inf"), ("batch.rate=.nan", "wrong value of 'batch.rate'"),
     (f"seed={2**63}", "wrong value of 'seed'"), ("seed=-1", "wrong value of 'seed'"),

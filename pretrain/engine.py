@@ -116,7 +116,8 @@ def quiet_deepspeed(device: torch.device) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)   # DeepSpeed's calls
+    # Of the names by which DeepSpeed calls torch.
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -69,8 +69,8 @@ def start(corpus: Path, out: Path, *settings: str, ranks: int = 1) -> "subproces
 
 
 def _start(words: list[str]) -> "subprocess.Popen[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                                "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT),
+                                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             start_new_session=True)
 
@@ -78,7 +78,12 @@ def _start(words: list[str]) -> "subprocess.Popen[str]":
 def program(path: Path, *words: str, ranks: int, within_s: float = 500) -> tuple[int, str]:
     """Run a program of the tests on `ranks` ranks; exit code and stderr."""
     process = _start(launched(str(path), *words, ranks=ranks))
-    _, errors = process.communicate(timeout=within_s)
+    try:
+        _, errors = process.communicate(timeout=within_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
     return process.returncode, errors
 
 

@@ -48,6 +48,8 @@ class ShardTask:
 def hash_source(layout: Layout, number: int, source: SourcePlan) -> Record:
     """What the manifest knows a source by: `sha256` of the whole, or `etag` of what an object store keeps."""
     check_unchanged(source)
+    with source.open() as opened:
+        opened.check_content()
     identity = source.path.identity()
     check_unchanged(source)
     return layout.build.write_record(source_task(number), identity, [])

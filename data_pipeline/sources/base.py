@@ -87,6 +87,9 @@ class Source(ABC):
         Where a row costs more than its obs, the others are not read from now on: they come as rows without values.
         """
 
+    def check_content(self) -> None:  # noqa: B027 most have none
+        """Hold the whole source against checksums that come with it. Raises SourceError where it differs."""
+
     def remarks(self) -> list[str]:
         """What was left out or chosen on opening, in words."""
         return []

@@ -12,14 +12,14 @@ from scipy.sparse import csr_array
 from typing_extensions import override
 
 from data_pipeline.sources.base import AUTO, INDEX, Source, X
-from data_pipeline.sources.faults import reading
+from data_pipeline.sources.faults import RESTORE, reading
 from data_pipeline.sources.gene_table import GeneTable
 from data_pipeline.sources.location import Location
 from data_pipeline.sources.obs_columns import plain
 from data_pipeline.sources.tables import Table, open_table
-from scgpt.data import Manifest, TokenDataset
+from scgpt.data import Manifest, TokenDataset, verify_corpus
 from scgpt.data.schema import CELL_ID
-from scgpt.errors import ConfigError
+from scgpt.errors import ConfigError, DataError, SourceError
 
 _READ_CELLS = 4096   # fetched at once: the copies that this takes stay small beside a block of rows
 
@@ -50,6 +50,15 @@ class Corpus(Source):
     @override
     def close(self) -> None:
         """Nothing is held that is not given back with the object."""
+
+    @override
+    def check_content(self) -> None:
+        if self.path.is_remote:   # an object store keeps checksums of its own, and reading all of it has a price
+            return
+        try:
+            verify_corpus(self.path.url)
+        except DataError as error:
+            raise SourceError(error.what, where=error.where, fix=RESTORE) from error
 
     @override
     def other_matrices(self) -> list[str]:

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -6,8 +7,8 @@ import pytest
 
 from data_pipeline import plan
 from data_pipeline.sources import open_source
-from scgpt.data import TokenDataset
-from scgpt.errors import DataError, ScgptError
+from scgpt.data import Manifest, TokenDataset
+from scgpt.errors import DataError, ScgptError, SourceError
 from tests.data_pipeline.atlases import build_here, bytes_of, cells_of, config_of, random_counts, write_h5ad
 from tests.data_pipeline.sources.formats import gene_names, on_memory
 
@@ -73,3 +74,17 @@ def test_a_damaged_corpus_makes_no_other(tmp_path: Path, corpus: Path, name: str
 def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a corpus"):
         open_source(tmp_path, kind="corpus")
+
+
+def test_a_count_that_rotted_makes_no_corpus(corpus: Path, tmp_path: Path) -> None:
+    """One byte of a value, valid as any: only the checksum of its file tells."""
+    shutil.copytree(corpus, tmp_path / "poor")
+    shard = tmp_path / "poor" / "train" / "part-00000.arrow"
+    content, value = bytearray(shard.read_bytes()), int(TokenDataset.open(tmp_path / "poor")[0]["expressions"][-1])
+    batch = Manifest.read(corpus).splits["train"].shards[0].batches[0]
+    place = content.index(value, batch.offset + 400)
+    content[place] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(SourceError, match="part-00000.arrow"):
+        build_here(config_of(tmp_path / "poor"), tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()

@@ -84,17 +84,19 @@ def of_block(cells: RaggedBatch, reasons: NDArray[np.int8], splits: NDArray[np.i
 
 def cell_sums(cells: RaggedBatch) -> NDArray[np.float64]:
     """The sum of the values of each cell, (cells,)."""
-    sums: NDArray[np.float64] = _sums(cells.expressions, cells.offsets)
-    return sums
+    sums = np.zeros(len(cells), np.uint64 if cells.expressions.dtype.kind == "u" else np.float64)
+    _add_up(cells.expressions, cells.offsets, sums)
+    return sums.astype(np.float64, copy=False)
 
 
 @njit(cache=True, nogil=True)
-def _sums(values, offsets):  # type: ignore[no-untyped-def]
-    sums = np.zeros(len(offsets) - 1)
+def _add_up(values, offsets, sums):  # type: ignore[no-untyped-def]
+    """Add the values of each cell to `sums`, in its type: integers, in no order, are several at a time."""
     for cell in range(len(sums)):
+        total = sums[cell]
         for value in range(offsets[cell], offsets[cell + 1]):
-            sums[cell] += values[value]
-    return sums
+            total += values[value]
+        sums[cell] = total
 
 
 def check(ledger: Ledger, *, where: str, exact: bool = True) -> None:

@@ -178,6 +178,11 @@ class AnnDataFile(Source):
 
     @property
     @override
+    def piece_values(self) -> int | None:
+        return self._sparse.piece_values if self.format == "csr" else None
+
+    @property
+    @override
     def by_columns(self) -> bool:
         return self.format == "csc"
 

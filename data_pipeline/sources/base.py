@@ -100,6 +100,14 @@ class Source(ABC):
         return 0
 
     @property
+    def piece_values(self) -> int | None:
+        """So many stored values (whole rows of them) cost as much alone as among others; None: rows are read at once.
+
+        A source that says so tells exactly by `value_offsets` where rows begin.
+        """
+        return None
+
+    @property
     def by_columns(self) -> bool:
         """Whether a row is stored all over the file, so that row blocks should be cut out once for all."""
         return False

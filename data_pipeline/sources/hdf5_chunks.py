@@ -24,7 +24,7 @@ def read_values(array: Element, first: int, last: int) -> NDArray[Any]:
         with suppress(OSError, ValueError, RuntimeError):   # a chunk that is missing, or damaged
             return _inflate(array, first, last, shuffled=len(filters) == 2)
     values: NDArray[Any] = array[first:last]
-    return values
+    return values.astype(values.dtype.newbyteorder("="), copy=False)   # compiled loops know no other order of bytes
 
 
 def _filters(array: h5py.Dataset) -> list[int]:
@@ -39,16 +39,17 @@ def _inflate(array: h5py.Dataset, first: int, last: int, *, shuffled: bool) -> N
 
     last = min(last, array.shape[0])
     values = np.empty(max(last - first, 0), array.dtype)
-    size, width = array.chunks[0], array.dtype.itemsize
+    size, dtype = array.chunks[0], values.dtype
+    n_bytes = size * dtype.itemsize
     for start in range(first // size * size, last, size):
         skipped, packed = array.id.read_direct_chunk((start,))
         try:
-            content = igzip_lib.decompress(packed, flag=igzip_lib.DECOMP_ZLIB, bufsize=size * width)
+            content = igzip_lib.decompress(packed, flag=igzip_lib.DECOMP_ZLIB, bufsize=n_bytes)
         except igzip_lib.IsalError as error:   # type: ignore[misc]  # a class, whatever its stub says
             raise ValueError("a damaged chunk") from error
-        if skipped or len(content) != size * width:
+        if skipped or len(content) != n_bytes:
             raise ValueError("a chunk that is stored in another way")
-        chunk = _unshuffle(content, array.dtype) if shuffled else np.frombuffer(content, array.dtype)
+        chunk = _unshuffle(content, dtype) if shuffled else np.frombuffer(content, dtype)
         begin, end = max(first - start, 0), min(last - start, size)
         values[start + begin - first:start + end - first] = chunk[begin:end]
     return values

@@ -5,11 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numba import njit
 from scipy import sparse
 
 from data_pipeline import tokenization
 from data_pipeline.genes import UNMAPPED, map_source, match_genes
 from data_pipeline.sources import open_source
+from data_pipeline.sources.anndata_files import AnnDataFile
 from data_pipeline.tokenization import SUM_IN, SUM_MITO, SUM_UNMAPPED, VALUES_IN, tokenize_block
 from scgpt.data.schema import CELL_ID, SOURCE_ROW, cell_ids, check_cells
 from scgpt.errors import SourceError
@@ -48,7 +50,7 @@ def test_the_compiled_loop_agrees_with_dictionaries(tmp_path_factory: pytest.Tem
     assert np.array_equal(cells.columns[SUM_IN], values.sum(axis=1))
     assert np.array_equal(cells.columns[SUM_MITO], values[:, 0])
     assert np.array_equal(cells.columns[SUM_UNMAPPED], values[:, unmapped].sum(axis=1))
-    assert cells.expressions.dtype == np.uint32
+    assert cells.expressions.dtype == np.uint16
     assert cells.genes.dtype == np.uint16
 
 
@@ -119,7 +121,8 @@ def test_large_counts_keep_every_digit(tmp_path: Path) -> None:
     assert cells.expressions.tolist() == [2**31, 1, 7, 2**24 + 1]
 
 
-@pytest.mark.parametrize(("last", "kind"), [(2.0**32 - 1, np.uint32), (2.0**32, np.float32)])
+@pytest.mark.parametrize(("last", "kind"), [(2.0**16 - 1, np.uint16), (2.0**16, np.uint32), (2.0**32 - 1, np.uint32),
+                                            (2.0**32, np.float32)])
 def test_one_value_too_wide_for_an_integer_widens_the_block(tmp_path: Path, last: float, kind: type) -> None:
     matrix = sparse.csr_matrix(np.array([[3.0, 1, 0], [0, 7, last]]))
     with open_source(write_h5ad(tmp_path / "a.h5ad", matrix, GENES[:3])) as source:
@@ -141,10 +144,40 @@ def test_halves_of_one_gene_that_add_up_are_an_integer(tmp_path: Path) -> None:
     halves = np.array([[0, 0, 0.5, 0, 0.5, 2, 0, 0]])   # two columns of CD3D
     with open_source(write_h5ad(tmp_path / "a.h5ad", sparse.csr_matrix(halves), NAMES)) as source:
         cells = tokenize_block(source, match_genes(NAMES, VOCAB), 0, 1, counts=False)
-    assert (cells.expressions.dtype, sorted(cells.expressions.tolist())) == (np.uint32, [1, 2])
+    assert (cells.expressions.dtype, sorted(cells.expressions.tolist())) == (np.uint16, [1, 2])
 
 
-def test_every_lone_bit_is_found_at_its_place() -> None:
-    places = [tokenization._PLACES[((1 << place) * int(tokenization._DE_BRUIJN) & (2**64 - 1)) >> 58]
-              for place in range(64)]
-    assert places == list(range(64))
+def test_a_block_is_the_same_in_pieces_and_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = random_counts(5, 60, 40)
+    matrix.data[matrix.indptr[20]] = 2.0**16   # from here on wider
+    path = write_h5ad(tmp_path / "a.h5ad", sparse.vstack([matrix, sparse.csr_matrix((3, 40)), matrix]).tocsr())
+    found = []
+    for values in (1, 50, None):
+        monkeypatch.setattr(AnnDataFile, "piece_values", values)
+        with open_source(path) as source:
+            found.append(tokenize_block(source, map_source(source, VOCAB), 2, 123))
+    for other in found[:2]:
+        assert other.expressions.dtype == np.uint32
+        for name in ("genes", "expressions", "offsets"):
+            assert np.array_equal(getattr(other, name), getattr(found[2], name))
+        assert all(np.array_equal(other.columns[name], column) for name, column in found[2].columns.items())
+
+
+@pytest.mark.parametrize("values", [1, 50])
+def test_a_poor_value_names_its_row_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: int) -> None:
+    matrix = random_counts(2, 20, 30)
+    matrix.data[matrix.indptr[8] - 1] = -3
+    monkeypatch.setattr(AnnDataFile, "piece_values", values)
+    path = write_h5ad(tmp_path / "a.h5ad", matrix)
+    with open_source(path) as source, pytest.raises(SourceError, match="row 7 holds"):
+        tokenize_block(source, map_source(source, VOCAB), 5, 20)
+
+
+def test_the_lowest_bit_is_found_at_every_place() -> None:
+    words = np.array([(1 << place) | (1 << 63) for place in range(64)], np.uint64)
+    assert _lowest_bits(words).tolist() == list(range(64))
+
+
+@njit
+def _lowest_bits(words: np.ndarray) -> np.ndarray:
+    return np.array([tokenization._lowest_bit(word) for word in words])

@@ -1,14 +1,15 @@
-"""Checkpoints of a run: written whole or not at all, validated before use, resumed by the ranks that wrote them.
+"""Checkpoints of a run: written whole or not at all, validated before use, resumed by any number of ranks.
 
     RUN/checkpoints/step-00001000/   DeepSpeed's files of all ranks, state.json, SHA256SUMS (last)
     RUN/checkpoints/latest, best     names of the newest and of the best one, moved after everything is durable
 
 A checkpoint is built under a temporary name; every rank makes its share of the files durable and hashes it, then rank 0
 writes SHA256SUMS and renames. What a killed run left half-written is therefore known by its name or its checksums.
-`state.json` also holds a digest of each rank's weights and optimizer state, compared after loading: nothing can be
-re-initialised in silence.
+`state.json` also holds a digest of each tensor's weights and optimizer state, which does not depend on how many ranks
+share them in which ZeRO stage. It is compared after loading: nothing can be re-initialised in silence. Loading is ours:
+DeepSpeed's own refuses other ranks, and its universal checkpoint does not cross all stages, mixes up parameter groups
+in stage 3 and unpickles whatever it is given.
 """
-import hashlib
 import json
 import re
 import shutil
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 
 from pretrain.engine import Engine
+from pretrain.fragments import digests, fragments, loss_scale, refresh_weights, set_loss_scale, set_step, state_of
+from pretrain.shards import Shards, copy_range
 from pretrain.world import World
 from scgpt.errors import CheckpointError
 from scgpt.files import TEMPORARY_PREFIX, fsync_path, json_bytes, remove, sha256, write_bytes
@@ -48,7 +51,8 @@ class RunState:
     corpus: dict[str, Any] = field(default_factory=dict)      # name, sha256, splits: what it learns from
     config: dict[str, Any] = field(default_factory=dict)      # the resolved TrainConfig
     versions: dict[str, str] = field(default_factory=dict)    # of the packages that wrote it
-    digests: list[str] = field(default_factory=list)          # of each rank's weights and optimizer state
+    digests: dict[str, str] = field(default_factory=dict)     # of each tensor: weights, moments, step
+    loss_scale: dict[str, float] = field(default_factory=dict)   # where fp16's search for one is
 
 
 def checkpoint_name(step: int) -> str:
@@ -71,7 +75,8 @@ def save(engine: Engine, checkpoints: Path, state: RunState, world: World, *, ke
     """
     name = checkpoint_name(state.step)
     building = checkpoints / f"{TEMPORARY_PREFIX}{name}"
-    state.digests = world.gather(digest(engine))
+    state.zero_stage = engine.zero_stage
+    state.digests, state.loss_scale = digests(engine, world), loss_scale(engine)
     if not world.of_first(lambda: _begin(checkpoints / name, building)):
         return
     try:
@@ -155,7 +160,10 @@ def check_sums(folder: Path, *, fix: str) -> dict[str, str]:
 def validate(checkpoint: Path) -> RunState:
     """Check every file of a checkpoint; its state. Raises CheckpointError when it is missing, torn or changed."""
     check_sums(checkpoint, fix="take an older checkpoint")
-    return RunState(**json.loads((checkpoint / STATE).read_bytes()))
+    content = json.loads((checkpoint / STATE).read_bytes())
+    if isinstance(content.get("digests"), list):   # older ones: of each rank's tensors, of use to those ranks only
+        del content["digests"]
+    return RunState(**content)
 
 
 def newest_valid(checkpoints: Path) -> tuple[RunState | None, list[str]]:
@@ -188,47 +196,67 @@ def find(run: Path, step: str) -> Path:
     return checkpoints / checkpoint_name(int(step))
 
 
-def load(engine: Engine, checkpoints: Path, state: RunState, world: World) -> None:
-    """Bring the engine to a validated checkpoint. All ranks call it.
+def load(engine: Engine, checkpoints: Path, state: RunState, world: World) -> list[str]:
+    """Bring the engine to a validated checkpoint, whatever ranks, ZeRO stage and precision wrote it. All ranks call it.
 
-    Raises CheckpointError for another number of ranks, ZeRO stage or precision, and when what was loaded is not what
-    was saved.
+    Every rank fills what its optimizer holds from the mapped shards, value by value, and nothing else: memory does not
+    grow. `state` then has the ranks, stage and precision of now; returns what of them is another than it was.
+
+    Raises CheckpointError when what was loaded is not what was saved.
     """
     folder = checkpoints / checkpoint_name(state.step)
-    world.of_first(lambda: _check_fits(engine, folder, state, world))
-    engine.deepspeed.load_checkpoint(str(checkpoints), tag=folder.name)
-    loaded = world.gather(digest(engine))
+    shards = Shards(folder, stage=state.zero_stage, world_size=state.world_size)
+    world.of_first(lambda: _check_names(engine, shards, folder))
+    _fill(engine, shards)
+    set_loss_scale(engine, state.loss_scale)
+    deepspeed, before = engine.deepspeed, (state.world_size, state.zero_stage, state.precision)
+    deepspeed.global_steps = state.step
+    deepspeed.micro_steps = state.step * deepspeed.gradient_accumulation_steps()
+    loaded = world.gather(digests(engine, world))
     world.of_first(lambda: _check_restored(folder, state, loaded))
+    state.world_size, state.zero_stage, state.precision = world.world_size, engine.zero_stage, engine.precision
+    now = (state.world_size, state.zero_stage, state.precision)
+    return [f"{name} {was} -> {wanted}" for name, was, wanted
+            in zip(("ranks", "deepspeed.zero_stage", "precision"), before, now, strict=True) if was != wanted]
 
 
-def _check_fits(engine: Engine, folder: Path, state: RunState, world: World) -> None:
-    before = (state.world_size, state.zero_stage, state.precision)
-    now = (world.world_size, engine.json["zero_optimization"]["stage"], engine.precision)
-    for name, was, wanted in zip(("ranks", "deepspeed.zero_stage", "precision"), before, now, strict=True):
-        if was != wanted:
-            raise CheckpointError(f"the checkpoint was written with {name} {was}, this start has {wanted}",
-                                  where=str(folder),
-                                  fix=f"continue with {name} {was}, or start a new run with another --out")
-
-
-def _check_restored(folder: Path, state: RunState, loaded: list[str]) -> None:
-    if loaded != state.digests:
-        versions = ", ".join(f"{name} {version}" for name, version in state.versions.items())
-        raise CheckpointError("DeepSpeed did not restore the weights and optimizer state that were saved",
-                              where=str(folder), fix=f"install the versions that wrote it: {versions}")
+def _check_names(engine: Engine, shards: Shards, folder: Path) -> None:
+    tensors = {name: tuple(getattr(tensor, "ds_shape", tensor.shape))   # in ZeRO 3 a parameter itself is empty
+               for name, tensor in engine.deepspeed.module.state_dict(keep_vars=True).items()}
+    found = {name: tuple(shape) for name, shape in shards.shapes.items()}
+    wrong = sorted(name for name in tensors.keys() | found.keys() if tensors.get(name) != found.get(name))
+    if wrong:
+        raise CheckpointError(f"its tensors are not those of the model: {', '.join(wrong[:8])}", where=str(folder),
+                              fix="continue with the version that wrote it, or start a new run from it: "
+                                  "model.init_from=RUN")
 
 
 @torch.no_grad()
-def digest(engine: Engine) -> str:
-    """sha256 over this rank's master weights and optimizer state, in the optimizer's order."""
-    result = hashlib.sha256()
-    optimizer = engine.deepspeed.basic_optimizer
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            tensors = [state[name] for name in sorted(state) if isinstance(state[name], torch.Tensor)]
-            for tensor in (parameter, *tensors):
-                result.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return result.hexdigest()
+def _fill(engine: Engine, shards: Shards) -> None:
+    """Weights and optimizer state of this rank, then the weights of the model and its buffers."""
+    filled: set[int] = set()
+    for fragment in fragments(engine):
+        owner, name = fragment.owner, fragment.name
+        copy_range(shards.parts(name), fragment.start, fragment.weights)
+        state = state_of(engine, owner)
+        for moment in shards.moments(name):
+            if moment not in state:
+                state[moment] = torch.zeros_like(owner, requires_grad=False)
+            copy_range(shards.parts(name, moment), fragment.start, fragment.within(state[moment]))
+        if id(owner) not in filled:
+            set_step(engine, owner, shards.step(name))
+            filled.add(id(owner))
+    refresh_weights(engine)
+    for name, buffer in engine.deepspeed.module.named_buffers():
+        if name in shards.shapes:
+            buffer.copy_(shards.read(name))
 
 
+def _check_restored(folder: Path, state: RunState, loaded: list[dict[str, str]]) -> None:
+    """Checkpoints from before there were digests of tensors have none: their files' checksums were compared."""
+    wrong = [name for name, value in state.digests.items() if any(found.get(name) != value for found in loaded)]
+    if wrong:
+        versions = ", ".join(f"{name} {version}" for name, version in state.versions.items())
+        raise CheckpointError(f"the weights or the optimizer state of {len(wrong)} tensors are not those that were "
+                              f"saved: {', '.join(wrong[:4])}", where=str(folder),
+                              fix=f"install the versions that wrote it: {versions}")

@@ -19,7 +19,8 @@ Positive = Annotated[float, Field(gt=0.0)]
 # what is kept and shown, how a global batch is cut up; not which cells a step trains on.
 MAY_DIFFER = ("train.max_steps", "train.max_epochs", "train.max_tokens", "train.max_time_s", "train.log_every",
               "train.eval_every", "train.save_every", "train.keep_last", "train.recompute", "train.compile",
-              "train.deterministic", "data.corpus", "data.workers", "batch.micro_batch_size", "deepspeed.", "tracking.")
+              "train.deterministic", "train.precision", "data.corpus", "data.workers", "batch.micro_batch_size",
+              "deepspeed.", "tracking.")
 
 
 class MixtureConfig(Config):

@@ -206,6 +206,11 @@ class Engine:
         return self.objective.sums(self.deepspeed, replace(batch, inputs=inputs), step=step)
 
     @property
+    def zero_stage(self) -> int:
+        """What is spread over the ranks, as DeepSpeed was told."""
+        return int(self.json["zero_optimization"]["stage"])
+
+    @property
     def grad_norm(self) -> float:
         """Norm of the last step's whole gradient, before clipping."""
         norm = self.deepspeed.get_global_grad_norm()

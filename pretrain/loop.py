@@ -68,19 +68,19 @@ class Training:
         self.held_out = (HeldOut(corpus.valid, config, corpus.vocab[CLS], world, corpus.valid_labels)
                          if corpus.valid is not None else None)
         self.window = Window(self.state.window, self.engine.objective)
-        if self.state.step:
-            checkpoint.load(self.engine, self.checkpoints, self.state, world)
+        changed = checkpoint.load(self.engine, self.checkpoints, self.state, world) if self.state.step else []
         if world.is_first:   # from here on the run is continued: no earlier failure has changed a file of it
             write_bytes(run.path / CONFIG, config.to_yaml().encode())
             write_json(run.path / DEEPSPEED, self.engine.json)
-        self._begin(corpus)
+        self._begin(corpus, changed)
 
-    def _begin(self, corpus: Corpus) -> None:
+    def _begin(self, corpus: Corpus, changed: list[str]) -> None:
         """Tell; of a new run, measure where it starts from."""
         facts: dict[str, Any] = {"step": self.state.step, "total_steps": self.total_steps,
                                  "world_size": self.world.world_size, "precision": self.engine.precision}
         if self.state.step:
-            self.log.event("resume", f"continuing from step {self.state.step} of {self.total_steps}", **facts)
+            text = f"continuing from step {self.state.step} of {self.total_steps}"
+            self.log.event("resume", "; ".join([text, *changed]), **facts, changed=changed)
             return
         self.log.event("start", f"training {self.total_steps} steps on {self.world.world_size} rank(s)", **facts)
         if self.held_out is not None:

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pretrain.checkpoint import find, validate
+from pretrain.checkpoint import SUMS, find, sums_bytes, validate
 from pretrain.metrics import read_rows
 from pretrain.shards import Shards
+from scgpt.files import sha256
 from tests.scgpt.data.cells import random_cells, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,3 +163,9 @@ def events(out: Path) -> list[str]:
 def state_of(out: Path, step: str = "latest") -> dict[str, Any]:
     result: dict[str, Any] = json.loads((find(out, step) / "state.json").read_bytes())
     return result
+
+
+def sign(folder: Path) -> None:
+    """Write the checksums of a checkpoint or release that a test has changed."""
+    files = [path for path in folder.iterdir() if path.name != SUMS]
+    (folder / SUMS).write_bytes(sums_bytes({path.name: sha256(path) for path in files}))

@@ -1,0 +1,130 @@
+"""A run goes on on other ranks, in another ZeRO stage and precision: the same weights, moments and curve."""
+import json
+import os
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.shards import copy_range
+from tests.pretrain import runs
+from tests.pretrain.runs import ROOT
+
+SETTINGS = (*runs.SETTINGS, "model.dropout=0", "schedule.kind=constant")
+STAGES, UNTIL, END = (0, 1, 2, 3), 2, 4
+FULL = bool(os.environ.get("SCGPT_FULL"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_corpus(tmp_path_factory.mktemp("elastic") / "corpus")
+
+
+def run_cases(folder: Path, cases: list[dict[str, Any]], *, ranks: int) -> list[dict[str, Any]]:
+    """Run the program; what each case found."""
+    content = [case | {"out": str(folder / f"out-{ranks}-{number}.json")} for number, case in enumerate(cases)]
+    (folder / "cases.json").write_text(json.dumps(content))
+    code, errors = runs.program(ROOT / "tests/pretrain/elastic.py", str(folder / "cases.json"), ranks=ranks)
+    assert code == 0, errors
+    return [json.loads(Path(case["out"]).read_text()) for case in content]
+
+
+def case_of(corpus: Path, folder: Path, stage: int, until: int, *settings: str, resume: bool) -> dict[str, Any]:
+    return {"settings": [f"data.corpus={corpus}", *SETTINGS, f"deepspeed.zero_stage={stage}", *settings],
+            "folder": str(folder), "until": until, "resume": resume}
+
+
+def close(found: list[float], expected: list[float]) -> bool:
+    return len(found) == len(expected) and torch.allclose(torch.tensor(found), torch.tensor(expected), rtol=1e-4)
+
+
+PAIRS = [((ranks, stage), (to_ranks, to_stage)) for (ranks, stage), (to_ranks, to_stage)
+         in product(product((1, 2), STAGES), repeat=2)]
+FEW = {   # every stage on every rank count is left once and reached once
+    ((1, 0), (2, 3)), ((1, 1), (2, 0)), ((1, 2), (2, 1)), ((1, 3), (2, 2)),
+    ((2, 0), (1, 1)), ((2, 1), (1, 3)), ((2, 2), (1, 0)), ((2, 3), (1, 2))}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_any_stage_goes_on_in_any_other_on_more_or_fewer_ranks(corpus, tmp_path):
+    chosen = PAIRS if FULL else [pair for pair in PAIRS if pair in FEW or pair[0] == pair[1]]
+    folders = {(ranks, stage): tmp_path / f"from-{ranks}-{stage}" for ranks, stage in product((1, 2), STAGES)}
+    begun = {}
+    for ranks in (1, 2):
+        cases = [case_of(corpus, folders[ranks, stage], stage, UNTIL, resume=False) for stage in STAGES]
+        found = run_cases(tmp_path, [*cases, case_of(corpus, tmp_path / f"whole-{ranks}", 0, END, resume=False)],
+                          ranks=ranks)
+        begun |= {(ranks, stage): one for stage, one in zip(STAGES, found, strict=False)}
+        whole = found[-1]["losses"]
+        assert all(close(one["losses"], whole[:UNTIL]) for one in found[:-1])
+    for ranks in (1, 2):
+        pairs = [pair for pair in chosen if pair[1][0] == ranks]
+        cases = [case_of(corpus, folders[source], stage, UNTIL, resume=True) for source, (_, stage) in pairs]
+        more = [case_of(corpus, folders[source], stage, END, resume=True) for source, (_, stage) in pairs]
+        found = run_cases(tmp_path, [*cases, *more], ranks=ranks)
+        for (source, target), loaded, went_on in zip(pairs, found, found[len(pairs):], strict=False):
+            assert loaded.get("digests") == begun[source]["digests"], (source, target, loaded)
+            assert close(went_on["losses"], whole[UNTIL:]), (source, target, went_on)
+            assert len(loaded["changed"]) == (source[0] != target[0]) + (source[1] != target[1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_precision_goes_on_from_the_float32_weights_of_every_other(corpus, tmp_path):
+    kinds = [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (2, "fp32")]
+    folders = [tmp_path / f"{stage}-{precision}" for stage, precision in kinds]
+    begun = run_cases(tmp_path, [case_of(corpus, folder, stage, UNTIL, f"train.precision={precision}", resume=False)
+                                 for folder, (stage, precision) in zip(folders, kinds, strict=True)], ranks=1)
+    pairs = [(source, target) for source, target in product(range(5), repeat=2)
+             if FULL or target == (source + 1) % 5 or source == target]
+    cases = [case_of(corpus, folders[source], kinds[target][0], UNTIL, f"train.precision={kinds[target][1]}",
+                     resume=True) for source, target in pairs]
+    for (source, target), found in zip(pairs, run_cases(tmp_path, cases, ranks=2), strict=True):
+        assert found.get("digests") == begun[source]["digests"], (kinds[source], kinds[target], found)
+    again = [case_of(corpus, folder, stage, END, f"train.precision={precision}", resume=True)
+             for folder, (stage, precision) in zip(folders, kinds, strict=True)]
+    whole = [case_of(corpus, tmp_path / f"whole-{number}", stage, END, f"train.precision={precision}", resume=False)
+             for number, (stage, precision) in enumerate(kinds)]
+    found = run_cases(tmp_path, [*again, *whole], ranks=1)
+    for resumed, uninterrupted in zip(found, found[len(kinds):], strict=False):   # the same shape: to the bit
+        assert resumed["losses"] == uninterrupted["losses"][UNTIL:]
+        assert resumed["digests"] == uninterrupted["digests"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_curve_begun_on_two_ranks_is_the_same_on_one_and_on_four(corpus, tmp_path):
+    half, whole = tmp_path / "half", tmp_path / "whole"
+    begun, uninterrupted = run_cases(tmp_path, [case_of(corpus, half, 2, 30, resume=False),
+                                                case_of(corpus, whole, 2, 60, resume=False)], ranks=2)
+    for ranks, stage in ((1, 3), (4, 1)):
+        (found,) = run_cases(tmp_path, [case_of(corpus, half, stage, 60, resume=True)], ranks=ranks)
+        assert close([*begun["losses"], *found["losses"]], uninterrupted["losses"]), (ranks, stage)
+
+
+@pytest.mark.slow
+def test_moments_that_are_not_those_that_were_saved_are_found(corpus, tmp_path):
+    """The files' checksums fit again: the digests alone must find it, in a stage that spreads parameters."""
+    folder = tmp_path / "run"
+    run_cases(tmp_path, [case_of(corpus, folder, 3, UNTIL, resume=False)], ranks=1)
+    (file,) = folder.glob("step-*/*optim_states.pt")
+    content = torch.load(file, weights_only=False)
+    content["optimizer_state_dict"]["optimizer_state_dict"]["state"][0]["exp_avg"][5] += 1e-6
+    torch.save(content, file)
+    runs.sign(file.parent)
+    (found,) = run_cases(tmp_path, [case_of(corpus, folder, 1, UNTIL, resume=True)], ranks=1)
+    assert "1 tensors are not those that were saved: encoder.embedding.weight" in found["error"]
+
+
+def test_a_range_of_values_is_put_together_from_any_parts():
+    whole = torch.arange(20.0)
+    for cuts in ((20,), (7, 13), (1, 2, 3, 14), (10, 0, 10)):
+        parts = list(whole.split(list(cuts)))
+        for start, numel in product(range(20), range(21)):
+            if start + numel <= 20:
+                into = torch.full((numel,), -1.0)
+                copy_range(parts, start, into)
+                assert torch.equal(into, whole[start:start + numel])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.summaries import corpus_summary, describe_corpus, describe_plan, plan_summary
+from launch.words import count, path, seed, size
 from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, explain
 
 CONFIG_KINDS = ("corpus", "model", "pretrain")
@@ -182,8 +183,18 @@ def export(args: argparse.Namespace) -> Answer:
     """Checkpoint to release."""
     from pretrain.export import export as export_release
 
-    release = export_release(args.run_dir, args.out, step=args.step)
+    release = export_release(args.run_dir, args.out, step=args.step, dtype=args.dtype, naming=args.naming,
+                             max_shard_size=args.max_shard_size)
     return Answer(f"{release}: a release of {args.run_dir}", {"release": str(release), "run": str(args.run_dir)})
+
+
+def import_published(args: argparse.Namespace) -> Answer:
+    """Published folder to release."""
+    from pretrain.published import import_published as import_folder
+
+    facts = import_folder(args.folder, args.out)
+    return Answer(f"{args.out}: {facts['parameters']:,} parameters, {facts['tokens']:,} tokens; begin with it: "
+                  f"model.init_from={args.out}", {"release": str(args.out), **facts})
 
 
 def verify(args: argparse.Namespace) -> Answer:
@@ -267,13 +278,23 @@ def build_parser() -> argparse.ArgumentParser:
     cmd.add_argument("run_dir", metavar="RUN", type=Path)
     _out(cmd, "folder of the release")
     cmd.add_argument("--step", default="best", metavar="best|latest|N", help="which checkpoint (default: best)")
+    cmd.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                     help="of the weights (default: float32)")
+    cmd.add_argument("--naming", choices=("flash", "torch"), default="flash",
+                     help="of attention weights: Wqkv or in_proj; stock scGPT reads both (default: flash)")
+    cmd.add_argument("--max-shard-size", type=size, metavar="S",
+                     help="split model.safetensors into files of S at most, such as 5GB, with an index")
+    cmd = add("import", import_published, "published scGPT folder to a release, which a training may begin with",
+              "scgpt import scGPT_human --out init")
+    cmd.add_argument("folder", metavar="DIR", type=Path, help="with args.json, vocab.json and best_model.pt")
+    _out(cmd, "new folder of the release")
     cmd = add("verify", verify, "check a release: checksums, and what it computes", "scgpt verify release")
     cmd.add_argument("release", metavar="RELEASE", type=Path)
     cmd = add("embed", embed, "embed the cells of an h5ad file", "scgpt embed release cells.h5ad --out embedded.h5ad")
     cmd.add_argument("release", metavar="RELEASE", type=Path)
     cmd.add_argument("source", metavar="FILE.h5ad", type=Path)
     _out(cmd, "the file with obsm['X_scGPT'] added; replaced if there")
-    cmd.add_argument("--seed", type=_seed, default=0, help="of the sampled genes and tied bins (default: 0)")
+    cmd.add_argument("--seed", type=seed, default=0, help="of the sampled genes and tied bins (default: 0)")
     cmd.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     cmd = add("report", report, "draw a corpus: what came in, what was kept and why, what the cells are",
               "scgpt report corpus --out corpus.html")
@@ -312,7 +333,7 @@ def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     cmd.add_argument("target", metavar="CORPUS_OR_SOURCE", help="a folder, a file or a URL")
     cmd.add_argument("--was-seen", metavar="FILE_OR_GROUP",
                      help="are these cells, or this donor, dataset or column=value, in the corpus, and in which split")
-    cmd.add_argument("--sample", type=_count, metavar="N", help="compare so many cells of the file (default: all)")
+    cmd.add_argument("--sample", type=count, metavar="N", help="compare so many cells of the file (default: all)")
     cmd.add_argument("--vocab", default="scgpt-human", metavar="VOCAB",
                      help="which an atlas is held against: a name or a vocab.json (default: scgpt-human)")
     cmd.add_argument("--gene-table", metavar="FILE", help="what the gene ids of a table of lists stand for")
@@ -330,7 +351,7 @@ def _add_vocab_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     cmd.add_argument("sources", metavar="SOURCE", nargs="+",
                      help="an atlas, a glob, or the YAML file of a corpus, whose sources are taken")
     _out(cmd, "the vocabulary: token -> id as JSON; another one that lies there is not replaced")
-    cmd.add_argument("--min-sources", type=_count, default=1, metavar="N",
+    cmd.add_argument("--min-sources", type=count, default=1, metavar="N",
                      help="leave out genes that fewer sources name (default: 1)")
     cmd.add_argument("--species", choices=("auto", "human", "mouse", "other"), default="auto",
                      help="whose Ensembl ids become symbols; other: names are taken as they are (default: auto)")
@@ -358,25 +379,7 @@ def _config(parser: argparse.ArgumentParser) -> None:
 
 
 def _out(parser: argparse.ArgumentParser, purpose: str, *, required: bool = True) -> None:
-    parser.add_argument("--out", required=required, type=_path, metavar="PATH", help=purpose)
-
-
-def _path(word: str) -> Path:
-    if not word:
-        raise argparse.ArgumentTypeError("the path is empty")
-    return Path(word)
-
-
-def _count(word: str) -> int:
-    if not word.isdecimal() or not int(word):
-        raise argparse.ArgumentTypeError(f"'{word}' is no whole number of 1 or more")
-    return int(word)
-
-
-def _seed(word: str) -> int:
-    if not word.isdecimal() or int(word) >= 1 << 63:
-        raise argparse.ArgumentTypeError(f"'{word}' is no whole number of 0 or more, below 2^63")
-    return int(word)
+    parser.add_argument("--out", required=required, type=path, metavar="PATH", help=purpose)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ upstream's are unseeded. Memory is that of a block of rows and of the model, wha
 to the embedding block by block, and a forward pass takes a bounded number of tokens.
 """
 import dataclasses
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -115,8 +114,8 @@ def _advice(fix: str) -> Iterator[None]:
 def load_embedder(release: Path, device: str = "auto") -> Embedder:
     """The model of a release folder (args.json, vocab.json, tensors), ready to embed."""
     from scgpt.model.build import build_model
-    from scgpt.model.config import ModelConfig
-    from scgpt.model.weights import PT_FILE, SAFETENSORS_FILE, load_state, read_state
+    from scgpt.model.config import ModelConfig, read_args
+    from scgpt.model.weights import load_state, read_state, weights_file
 
     args = read_args(release)
     vocab = GeneVocab.from_file(release / "vocab.json", default_token=None)
@@ -125,33 +124,15 @@ def load_embedder(release: Path, device: str = "auto") -> Embedder:
         raise CheckpointError(f"its vocabulary lacks {' and '.join(missing)}", where=str(release / "vocab.json"),
                               fix="take the file from where the release was published")
     model = build_model(ModelConfig.from_args(args), vocab)
-    weights = release / SAFETENSORS_FILE
-    weights = weights if weights.exists() else release / PT_FILE   # published folders hold only this one
+    weights = weights_file(release)
     load_state(model, read_state(weights), where=str(weights), ignore=("flag_encoder.", "cls_decoder."))
-    return make_embedder(model, vocab, collate_config_of(args), device)
+    return make_embedder(model, vocab, CollateConfig.from_args(args), device)
 
 
 def make_embedder(model: "nn.Module", vocab: GeneVocab, collate_config: CollateConfig, device: str) -> Embedder:
     """Put a model on a device, in eval mode."""
     device = choose_device(device)
     return Embedder(model.eval().to(device), vocab, collate_config, device, int(model.d_model))  # type: ignore[arg-type]
-
-
-def read_args(release: Path) -> dict[str, Any]:
-    """args.json of a release; CheckpointError where there is none."""
-    path = release / "args.json"
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError("this is no release: its args.json cannot be read", where=str(release),
-                              fix="give a folder that `scgpt export` wrote, or a published scGPT folder") from error
-
-
-def collate_config_of(args: dict[str, Any]) -> CollateConfig:
-    """How the release's cells were prepared; what old files lack is upstream's default."""
-    return CollateConfig(context_length=args.get("max_seq_len", 1200), n_bins=args.get("n_bins", 51),
-                         pad_value=args.get("pad_value", -2), mask_value=args.get("mask_value", -1),
-                         input_style={"normed_raw": "raw"}.get(style := args.get("input_style", "binned"), style))
 
 
 def choose_device(device: str) -> str:

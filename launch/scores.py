@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from launch.embed import OBSM_KEY, SOURCE_NAME, collate_config_of, embed_blocks, make_embedder, read_args
+from launch.embed import OBSM_KEY, SOURCE_NAME, embed_blocks, make_embedder
 from launch.neighbours import NEIGHBOURS, knn_accuracy, principal_components
 from launch.pictures import draw_embeddings, draw_loss
 from scgpt.vocab import GeneVocab
@@ -53,14 +53,15 @@ def embed_untrained(release: Path, source_path: Path, seed: int) -> NDArray[np.f
 
     from data_pipeline.genes import map_source
     from data_pipeline.sources import open_source
+    from scgpt.collate import CollateConfig
     from scgpt.model.build import build_model
-    from scgpt.model.config import ModelConfig
+    from scgpt.model.config import ModelConfig, read_args
 
     args = read_args(release)
     vocab = GeneVocab.from_file(release / "vocab.json", default_token=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(ModelConfig.from_args(args), vocab)
-    embedder = make_embedder(model, vocab, collate_config_of(args), "cpu")
+    embedder = make_embedder(model, vocab, CollateConfig.from_args(args), "cpu")
     with open_source(source_path, name=SOURCE_NAME) as source:
         return np.concatenate([block for _, block in embed_blocks(embedder, source, map_source(source, vocab), seed=0)])

@@ -52,6 +52,7 @@ class RunState:
     config: dict[str, Any] = field(default_factory=dict)      # the resolved TrainConfig
     versions: dict[str, str] = field(default_factory=dict)    # of the packages that wrote it
     digests: dict[str, str] = field(default_factory=dict)     # of each tensor: weights, moments, step
+    lineage: dict[str, Any] | None = None                     # what it began with, see pretrain/starting_point.py
     loss_scale: dict[str, float] = field(default_factory=dict)   # where fp16's search for one is
 
 

@@ -18,6 +18,7 @@ from pretrain.prefetch import Prefetch
 from pretrain.recovery import Interruption
 from pretrain.run_directory import CONFIG, DEEPSPEED, OpenRun, open_run
 from pretrain.schedule import learning_rate
+from pretrain.starting_point import begin_from
 from pretrain.world import RankError, World, join_world
 from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED
 from scgpt.files import write_bytes, write_json
@@ -68,7 +69,12 @@ class Training:
         self.held_out = (HeldOut(corpus.valid, config, corpus.vocab[CLS], world, corpus.valid_labels)
                          if corpus.valid is not None else None)
         self.window = Window(self.state.window, self.engine.objective)
-        changed = checkpoint.load(self.engine, self.checkpoints, self.state, world) if self.state.step else []
+        changed: list[str] = []
+        if self.state.step:
+            changed = checkpoint.load(self.engine, self.checkpoints, self.state, world)
+        elif config.model.init_from is not None:
+            self.state.lineage = begin_from(config.model.init_from, self.engine, config.model, corpus.vocab, world)
+            self.log.event("begin_from", **self.state.lineage)
         if world.is_first:   # from here on the run is continued: no earlier failure has changed a file of it
             write_bytes(run.path / CONFIG, config.to_yaml().encode())
             write_json(run.path / DEEPSPEED, self.engine.json)

@@ -8,12 +8,13 @@ from pretrain.checkpoint import RunState
 from pretrain.config import TrainConfig
 from pretrain.objectives import Objective
 from scgpt.model.config import ModelConfig
+from scgpt.model.weights import Naming
 from scgpt.vocab import PAD
 
 FORMAT, FORMAT_VERSION = "scgpt-release", 1
 
 
-def args_json(config: TrainConfig, state: RunState) -> dict[str, Any]:
+def args_json(config: TrainConfig, state: RunState, naming: Naming) -> dict[str, Any]:
     """A training's command line as upstream's script would have written it, and the model's own keys."""
     objective, batch = config.objective, config.batch
     epochs = state.cells_seen / state.corpus["splits"]["train"]["cells"]
@@ -29,7 +30,7 @@ def args_json(config: TrainConfig, state: RunState) -> dict[str, Any]:
         "scheduler_factor": config.schedule.factor,
         "warmup_ratio_or_step": config.schedule.warmup_steps, "no_cls": not objective.weights.cls,
         "no_cce": not objective.weights.cce,
-        "fp16": state.precision == "fp16", "fast_transformer": config.model.layers != "torch",
+        "fp16": state.precision == "fp16", "fast_transformer": config.model.layers != "torch" and naming == "flash",
         "log_interval": config.train.log_every, "save_interval": config.train.save_every,
         "mask_value": config.collate_config().mask_value, "pad_value": config.model.pad_value,
         "USE_CLS": bool(objective.weights.cls), "USE_CCE": bool(objective.weights.cce),
@@ -41,10 +42,11 @@ def config_json(config: TrainConfig, state: RunState, n_parameters: int) -> dict
     """Everything that decided the weights, and what they score."""
     settings = config.model_dump(mode="json")
     settings["data"].pop("corpus")
+    settings["model"].pop("init_from")
     return {"format": FORMAT, "format_version": FORMAT_VERSION, "name": config.model.name, "parameters": n_parameters,
             "step": state.step, "cells_seen": state.cells_seen, "tokens_seen": state.tokens_seen,
             "validation": validation(state), "world_size": state.world_size, "precision": state.precision,
-            "corpus": state.corpus, "training": settings, "versions": state.versions}
+            "corpus": state.corpus, "lineage": state.lineage, "training": settings, "versions": state.versions}
 
 
 def validation(state: RunState) -> dict[str, float] | None:
@@ -54,7 +56,7 @@ def validation(state: RunState) -> dict[str, float] | None:
     return {**state.last_valid, "loss_gene_mean": state.gene_mean_loss}
 
 
-def model_card(config: TrainConfig, state: RunState, n_parameters: int, vocab_size: int) -> str:
+def model_card(config: TrainConfig, state: RunState, n_parameters: int, vocab_size: int, dtype: str) -> str:
     """README.md of a release."""
     model = config.model
     return f"""# {model.name}
@@ -65,13 +67,13 @@ vocabulary. Weights after {state.step:,} optimizer steps.
 
 | file | is |
 |---|---|
-| `model.safetensors`, `best_model.pt` | the same float32 tensors, twice |
+| `model.safetensors`, `best_model.pt` | the same {dtype} tensors, twice |
 | `args.json`, `vocab.json` | what scGPT's own readers need |
 | `config.json` | every setting, the corpus, the scores, the versions |
 | `recorded.safetensors` | inputs, and what the model computed for them |
 | `SHA256SUMS` | of every file; `scgpt verify` checks them and computes the recorded outputs again |
 
-{_data(state)}
+{_lineage(state)}{_data(state)}
 
 {_training(config, state)}
 
@@ -122,6 +124,15 @@ def _loading(model: ModelConfig) -> str:
     named = always | {name: value for name, (value, default) in options.items() if value != default}
     return _LOADING.format(name="TransformerGenerator" if generator else "TransformerModel", n_cls=model.n_cls,
                            options=", ".join(f"{name}={value!r}" for name, value in named.items()))
+
+
+def _lineage(state: RunState) -> str:
+    begin = state.lineage
+    if begin is None:
+        return ""
+    steps = "" if begin["step"] is None else f", after {begin['step']:,} steps"
+    return (f"## Beginning\n\nNot from drawn weights: {begin['text']}. The {begin['kind']} has the checksums "
+            f"`{begin['sha256']}`{steps}.\n\n")
 
 
 def _data(state: RunState) -> str:

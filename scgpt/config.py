@@ -60,11 +60,15 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
+def parse_bytes(text: str) -> int | None:
+    """Bytes of a size in words, `512MiB`, `2GB` or a plain number; None where it is no size."""
+    match = _SIZE.fullmatch(text.strip())
+    return int(float(match[1]) * _UNITS[(match[2] or "B").lower()]) if match else None
+
+
 def _size(value: object) -> object:
-    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match:
-        return int(float(match[1]) * _UNITS[(match[2] or "B").lower()])
-    return value
+    found = parse_bytes(value) if isinstance(value, str) else None
+    return value if found is None else found
 
 
 ConfigPath = Annotated[Path, BeforeValidator(_absolute)]   # resolved against the file it stands in

@@ -5,10 +5,10 @@ in the batch, the rank, the worker or the step. Bins are those of the whole cell
 loop releases the GIL. Its machine code is cached beside the source; the first call in a fresh clone compiles it.
 """
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -65,6 +65,13 @@ class CollateConfig:
         ):
             if not good:
                 raise ConfigError(f"wrong value of '{name}' = {value!r}", fix=f"it must be {what}")
+
+    @classmethod
+    def from_args(cls, args: Mapping[str, Any]) -> "CollateConfig":
+        """How the cells of a release were prepared, from its args.json; what old files lack is upstream's default."""
+        return cls(context_length=args.get("max_seq_len", 1200), n_bins=args.get("n_bins", 51),
+                   pad_value=args.get("pad_value", -2), mask_value=args.get("mask_value", -1),
+                   input_style={"normed_raw": "raw"}.get(style := args.get("input_style", "binned"), style))
 
     @property
     def cls_value(self) -> float:

@@ -1,11 +1,13 @@
 """ModelConfig: the shape of a model, its upstream `args.json`, and its exact number of parameters. No torch here."""
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from scgpt.config import Config
-from scgpt.errors import ConfigError
+from scgpt.config import Config, ConfigPath
+from scgpt.errors import CheckpointError, ConfigError
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -51,6 +53,7 @@ class ModelConfig(Config):
     attention_backend: str = "auto"                    # one of scgpt.model.attention.BACKENDS
     decoder_activation: str | None = None              # generator: class of torch.nn for coefficient and bias, or null
     decoder_adaptive_bias: bool = False                # generator: bias times the mean of the non-zero values
+    init_from: ConfigPath | None = None                # run or release whose weights a new run begins with; null: drawn
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -151,3 +154,13 @@ class ModelConfig(Config):
         if self.domain_spec_batchnorm == "batchnorm" and not self.generative:
             return 2 * self.d_model
         return 2 * self.d_model * labels if self.generative and self.domain_spec_batchnorm == "do_affine" else 0
+
+
+def read_args(release: Path) -> dict[str, Any]:
+    """args.json of a release; CheckpointError where there is none."""
+    path = release / "args.json"
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError("this is no release: its args.json cannot be read", where=str(release),
+                              fix="give a folder that `scgpt export` wrote, or a published scGPT folder") from error

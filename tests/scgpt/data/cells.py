@@ -35,10 +35,10 @@ cells_strategy = st.builds(random_cells, st.lists(st.integers(0, 40), min_size=1
 
 
 def write_corpus(folder: Path, splits: dict[str, list[RaggedBatch]], *, max_batch_values: int = 100,
-                 compression: Codec | None = None) -> Manifest:
+                 compression: Codec | None = None, vocab: GeneVocab | None = None) -> Manifest:
     """A whole corpus in the Arrow form: one shard a RaggedBatch, metadata column `donor` with nulls."""
     tokens = [*(f"g{i}" for i in range(N_TOKENS - 3)), "<pad>", "<cls>", "<eoc>"]
-    vocab = GeneVocab.from_dict({token: index for index, token in enumerate(tokens)}, default_token=None)
+    vocab = vocab or GeneVocab.from_dict({token: index for index, token in enumerate(tokens)}, default_token=None)
     folder.mkdir(parents=True, exist_ok=True)
     vocab.save_json(folder / "vocab.json")
     entries = {name: _write_split(folder, name, batches, max_batch_values, compression)

@@ -1,4 +1,5 @@
 """Weights: names both ways, files that other readers read, strict loading that says what does not fit."""
+import json
 import pickle
 
 import pytest
@@ -10,12 +11,14 @@ from scgpt.errors import CheckpointError
 from scgpt.model.build import build_model
 from scgpt.model.config import ModelConfig
 from scgpt.model.weights import (
+    INDEX_FILE,
     PT_FILE,
     SAFETENSORS_FILE,
     load_state,
     naming_of,
     read_state,
     rename,
+    weights_file,
     write_release_tensors,
 )
 from tests.scgpt.model.packs import VOCAB, cells
@@ -136,3 +139,41 @@ def test_a_file_that_is_not_weights_is_refused_and_nothing_is_run(tmp_path, caps
     with pytest.raises(CheckpointError, match=path.name):
         read_state(path)
     assert capsys.readouterr().out == ""
+
+
+def test_a_largest_size_gives_several_files_and_the_index_of_hugging_face(tmp_path, model):
+    state = model.state_dict()
+    largest = max(tensor.nbytes for tensor in state.values())
+    write(tmp_path, state, max_file_bytes=2 * largest)
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    index = json.loads((tmp_path / INDEX_FILE).read_bytes())
+    assert len(files) > 1
+    assert [file.name for file in files] == [f"model-{i:05d}-of-{len(files):05d}.safetensors"
+                                             for i in range(1, len(files) + 1)]
+    assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in state.values())
+    assert all(sum(tensor.nbytes for tensor in load_file(file).values()) <= 2 * largest for file in files)
+    assert weights_file(tmp_path) == tmp_path / INDEX_FILE
+    for found in (read_state(tmp_path / INDEX_FILE), read_state(tmp_path / PT_FILE)):
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_a_tensor_that_is_larger_than_a_file_may_be_has_one_of_its_own(tmp_path, model):
+    write(tmp_path, model.state_dict(), max_file_bytes=1)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) == len(model.state_dict())
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": {"a": "../outside.safetensors"}}', '{"weight_map": 3}'])
+def test_an_index_that_is_none_is_refused(tmp_path, content):
+    (tmp_path / INDEX_FILE).write_text(content)
+    with pytest.raises(CheckpointError, match="index"):
+        read_state(tmp_path / INDEX_FILE)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_model_keeps_its_own_dtype(tmp_path, model, device):
+    write(tmp_path, model.state_dict(), dtype=torch.float16)
+    other = build_model(CONFIG, VOCAB, device=device)
+    load_state(other, read_state(tmp_path / SAFETENSORS_FILE), where="here")
+    assert {tensor.dtype for tensor in other.parameters()} == {torch.float32}

@@ -1,0 +1,195 @@
+"""A run that begins with the weights of another, of a release, or of a published folder."""
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from launch import cli
+from pretrain.engine import _seed
+from pretrain.export import export, verify
+from pretrain.published import import_published
+from pretrain.starting_point import EMBEDDING, copy_rows
+from scgpt.data import TokenDataset
+from scgpt.errors import CheckpointError
+from scgpt.files import json_bytes
+from scgpt.model.build import build_model
+from scgpt.model.config import ModelConfig
+from scgpt.model.weights import rename
+from scgpt.rng import PURPOSE_WEIGHTS
+from scgpt.vocab import GeneVocab
+from tests.pretrain import runs
+from tests.scgpt.data.cells import random_cells, write_corpus
+
+SETTINGS = ("train.max_steps=2", "train.eval_every=2", "data.valid_split=null")
+SMALL = {"embsize": 16, "nheads": 2, "d_hid": 16, "nlayers": 2, "n_bins": 51, "max_seq_len": 32}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_corpus(tmp_path_factory.mktemp("begin") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path) -> Path:
+    code, errors = runs.train(corpus, corpus.with_name("run"), *SETTINGS)
+    assert code == 0, errors
+    return corpus.with_name("run")
+
+
+@pytest.fixture(scope="module")
+def release(run: Path) -> Path:
+    return export(run, run.with_name("release"))
+
+
+def published(folder: Path, vocab: GeneVocab, *, prefix: str = "", naming: str = "flash", padding: int = 0,
+              args: dict[str, Any] | None = None, **settings: Any) -> dict[str, torch.Tensor]:
+    """A folder as upstream's scripts leave it; its tensors under our names."""
+    torch.manual_seed(5)
+    config = ModelConfig(n_layers=2, d_model=16, n_heads=2, d_hid=16, **settings)
+    state = build_model(config, vocab).state_dict()
+    rows = torch.cat([state[EMBEDDING], torch.full((padding, 16), 9.0)])
+    folder.mkdir()
+    torch.save({prefix + rename(name, naming): tensor for name, tensor in (state | {EMBEDDING: rows}).items()},
+               folder / "best_model.pt")
+    (folder / "args.json").write_bytes(json_bytes(SMALL | (args or {})))
+    return state
+
+
+@pytest.mark.parametrize(("how", "settings"), [
+    ({}, {}), ({"prefix": "module.", "naming": "torch", "padding": 5}, {}), ({"args": {"MVC": None}}, {"mvc": False}),
+    ({}, {"generative": True}), ({}, {"kind": "generator", "n_input_bins": None}), ({"naming": "torch"}, {"n_cls": 4}),
+    ({}, {"use_batch_labels": True, "n_batch_labels": 3, "domain_spec_batchnorm": "dsbn", "dab": True}),
+    ({}, {"explicit_zero_prob": True, "dropout": 0.1})],
+    ids=["plain", "prefixed", "no-mvc", "generative", "generator", "classes", "batches", "zero"])
+def test_a_published_folder_becomes_a_release_whatever_it_is_called_and_leaves_out(tmp_path, how, settings):
+    vocab = GeneVocab.from_dict({token: i for i, token in enumerate(["A", "B", "C", "D", "<pad>", "<cls>", "<eoc>"])})
+    state = published(tmp_path / "public", vocab, **how, **settings)
+    vocab.save_json(tmp_path / "public" / "vocab.json")
+    facts = import_published(tmp_path / "public", tmp_path / "init")
+    assert verify(tmp_path / "init")["largest_difference"] < 1e-6
+    found = load_file(tmp_path / "init" / "model.safetensors")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert facts["rows_cut"] == how.get("padding", 0)
+    config = ModelConfig.from_args(json.loads((tmp_path / "init" / "args.json").read_text()))
+    assert {key: getattr(config, key) for key in settings if key != "dropout"} == {
+        key: value for key, value in settings.items() if key != "dropout"}
+
+
+def test_special_tokens_that_the_vocabulary_lacks_are_appended_as_upstream_does(tmp_path):
+    whole = GeneVocab.from_dict({token: i for i, token in enumerate(["A", "B", "<pad>", "<cls>", "<eoc>"])})
+    published(tmp_path / "public", whole)
+    GeneVocab.from_dict({"A": 0, "B": 1}, default_token=None).save_json(tmp_path / "public" / "vocab.json")
+    assert import_published(tmp_path / "public", tmp_path / "init")["tokens_added"] == ["<pad>", "<cls>", "<eoc>"]
+    assert GeneVocab.from_file(tmp_path / "init" / "vocab.json").get_itos() == whole.get_itos()
+
+
+@pytest.mark.parametrize(("spoil", "says"), [
+    (lambda state: state.pop("decoder.fc.0.bias"), r"missing: decoder\.fc\.0\.bias"),
+    (lambda state: state.update(more=torch.zeros(2)), "unexpected: more"),
+    (lambda state: state.update({"decoder.fc.0.bias": torch.zeros(3)}), r"another shape: decoder\.fc\.0\.bias \(3,\)"),
+    (lambda state: state.update({EMBEDDING: torch.zeros(3, 16)}), "the vocabulary has 5 tokens, the embedding 3 rows"),
+    (lambda state: state.update(more=Path("x")), "not a file of tensors")])
+def test_tensors_that_do_not_fit_are_listed_and_nothing_is_left(tmp_path, spoil, says):
+    vocab = GeneVocab.from_dict({token: i for i, token in enumerate(["A", "B", "<pad>", "<cls>", "<eoc>"])})
+    state = published(tmp_path / "public", vocab)
+    vocab.save_json(tmp_path / "public" / "vocab.json")
+    spoil(state)
+    torch.save(state, tmp_path / "public" / "best_model.pt")
+    with pytest.raises(CheckpointError, match=says):
+        import_published(tmp_path / "public", tmp_path / "init")
+    assert [path.name for path in tmp_path.iterdir()] == ["public"]
+
+
+def test_the_command_says_how_to_begin_with_it_and_refuses_a_release(tmp_path, capsys):
+    vocab = GeneVocab.from_dict({token: i for i, token in enumerate(["A", "B", "<pad>", "<cls>", "<eoc>"])})
+    published(tmp_path / "public", vocab)
+    vocab.save_json(tmp_path / "public" / "vocab.json")
+    assert cli.main(["import", str(tmp_path / "public"), "--out", str(tmp_path / "init")]) == 0
+    assert f"model.init_from={tmp_path / 'init'}" in capsys.readouterr().out
+    assert cli.main(["import", str(tmp_path / "init"), "--out", str(tmp_path / "again")]) == 2
+    assert "give it to model.init_from as it is" in capsys.readouterr().err
+
+
+@given(st.lists(st.integers(-1, 9), min_size=1, max_size=14), st.data())
+def test_rows_are_taken_by_their_number_and_others_stay(rows, data):
+    there = torch.arange(40.0).view(10, 4)
+    parts = list(there.flatten().split(data.draw(st.integers(1, 40))))
+    fresh = -torch.arange(1.0, 4 * len(rows) + 1)
+    expected = torch.cat([there[row] if row >= 0 else fresh[4 * place:4 * place + 4] for place, row in enumerate(rows)])
+    start = data.draw(st.integers(0, len(fresh) - 1))
+    stop = data.draw(st.integers(start, len(fresh)))
+    into = fresh[start:stop].clone()
+    copy_rows(parts, np.array(rows), start, into, n_columns=4)
+    assert torch.equal(into, expected[start:stop])
+
+
+def grown_corpus(folder: Path, corpus: Path) -> tuple[Path, GeneVocab, GeneVocab]:
+    """Cells with another vocabulary: ids moved, a gene gone, two that are new."""
+    old = TokenDataset.open(corpus).vocab
+    tokens = [f"NEW{i}" for i in range(2)] + [token for token in reversed(old.get_itos()) if token != old.get_itos()[3]]
+    vocab = GeneVocab.from_dict({token: place for place, token in enumerate(tokens)}, default_token=None)
+    write_corpus(folder, {"train": [random_cells([9] * 40)]}, vocab=vocab)
+    return folder, old, vocab
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("stage", "ranks"), [(3, 2), (1, 1)])
+def test_a_grown_vocabulary_keeps_genes_by_name_and_draws_new_ones(run, release, corpus, tmp_path, stage, ranks):
+    grown, old, new = grown_corpus(tmp_path / "grown", corpus)
+    source = release if stage == 3 else run
+    code, errors = runs.train(grown, tmp_path / "more", *SETTINGS, f"model.init_from={source}", "optimizer.lr=1e-30",
+                              f"deepspeed.zero_stage={stage}", "model.generative=true", ranks=ranks)
+    assert code == 0, errors
+    before, after = runs.weights(run, "best"), runs.weights(tmp_path / "more")
+    torch.manual_seed(_seed(0, 0, 0, PURPOSE_WEIGHTS))
+    fresh = build_model(ModelConfig(n_layers=2, d_model=16, n_heads=2, d_hid=16, generative=True), new).state_dict()
+    for token, row in new.items():
+        expected = before[EMBEDDING][old[token]] if token in old else fresh[EMBEDDING][row]
+        assert torch.allclose(after[EMBEDDING][row], expected, atol=1e-6), token
+    assert torch.allclose(after["flag_encoder.weight"], fresh["flag_encoder.weight"], atol=1e-6)
+    others = after.keys() - {EMBEDDING, "flag_encoder.weight"}
+    assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in others)
+    told = runs.state_of(tmp_path / "more")["lineage"]
+    assert (told["genes_kept"], told["genes_new"], told["genes_left"]) == (len(old) - 1, 2, 1)
+    assert (told["drawn"], told["kind"]) == (["flag_encoder.weight"], "release" if source is release else "run")
+    assert any(name.startswith("cls_decoder") for name in told["not_taken"])
+    assert told["settings"] == {"generative": [False, True]}
+    assert "begin_from" in runs.events(tmp_path / "more")
+    child = export(tmp_path / "more", tmp_path / "child")
+    assert told["text"] in (child / "README.md").read_text()
+    assert not any(str(release.parent).encode() in file.read_bytes() for file in child.iterdir())
+
+
+@pytest.mark.slow
+def test_a_model_that_the_weights_do_not_fit_is_refused_with_a_list(release, corpus, tmp_path):
+    code, errors = runs.train(corpus, tmp_path / "run", *SETTINGS, f"model.init_from={release}", "model.n_layers=3",
+                              "model.n_heads=4", "model.d_hid=8")
+    assert code == 2
+    for part in ("model.n_layers is 2 there and 3 here", "model.n_heads is 2 there and 4 here",
+                 "transformer_encoder.layers.2.linear1.weight is missing"):
+        assert part in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["nothing", "published", "changed"])
+def test_what_is_no_starting_point_says_so(release, corpus, tmp_path, what):
+    folder = tmp_path / "init"
+    folder.mkdir()
+    if what == "published":
+        (folder / "args.json").write_text("{}")
+    if what == "changed":
+        for file in release.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes() + (b"x" if file.name == "best_model.pt" else b""))
+    code, errors = runs.train(corpus, tmp_path / "run", *SETTINGS, f"model.init_from={folder}")
+    assert code == 1
+    says = {"nothing": "no starting point", "published": "scgpt import", "changed": "is not what SHA256SUMS says"}
+    assert says[what] in errors

@@ -281,7 +281,7 @@ def build_parser() -> argparse.ArgumentParser:
     cmd.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
                      help="of the weights (default: float32)")
     cmd.add_argument("--naming", choices=("flash", "torch"), default="flash",
-                     help="of attention weights: Wqkv or in_proj; stock scGPT reads both (default: flash)")
+                     help="of attention weights: Wqkv or in_proj (default: flash, which stock scGPT reads either way)")
     cmd.add_argument("--max-shard-size", type=size, metavar="S",
                      help="split model.safetensors into files of S at most, such as 5GB, with an index")
     cmd = add("import", import_published, "published scGPT folder to a release, which a training may begin with",

@@ -89,14 +89,24 @@ class BatchConfig(Config):
     micro_batch_size: PositiveInt = 32     # cells a rank a forward pass
 
     def accumulation(self, world_size: int) -> int:
-        """Forward passes of a rank in a step; ConfigError where the sizes do not fit."""
+        """Forward passes of a rank in a step; ConfigError where the sizes do not fit, with ones that do."""
         share = self.micro_batch_size * world_size
         if self.global_batch_size % share:
-            fitting = max(1, round(self.global_batch_size / share)) * share
             raise ConfigError(f"batch.global_batch_size {self.global_batch_size} is no multiple of "
                               f"batch.micro_batch_size {self.micro_batch_size} x {world_size} ranks",
-                              fix=f"make it {fitting}, or change the others")
+                              fix=self._what_fits(world_size))
         return self.global_batch_size // share
+
+    def _what_fits(self, world_size: int) -> str:
+        """A run that goes on keeps its global batch: first what may change then."""
+        share = self.micro_batch_size * world_size
+        larger = f"make it {max(1, round(self.global_batch_size / share)) * share}"
+        per_rank, rest = divmod(self.global_batch_size, world_size)
+        if rest == 0:
+            micro = max(size for size in range(1, min(self.micro_batch_size, per_rank) + 1) if per_rank % size == 0)
+            return f"set batch.micro_batch_size={micro}, or {larger}"
+        ranks = [n for n in range(1, world_size) if self.global_batch_size % (n * self.micro_batch_size) == 0]
+        return f"start {ranks[-1]} rank(s), or {larger}" if ranks else larger
 
 
 class OptimizerConfig(Config):

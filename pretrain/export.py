@@ -57,7 +57,7 @@ def export(run: Path, out: Path, *, step: str = "best", dtype: str = "float32", 
         out: folder to make, whole or not at all.
         step: `best` (lowest validation loss; the newest where there is no validation), `latest` or a step number.
         dtype: of the tensors, `float32`, `bfloat16` or `float16`.
-        naming: of the attention's tensors, as flash layers or as torch's have them; stock scGPT reads both.
+        naming: of the attention's tensors, as flash layers or as torch's have them.
         max_shard_size: bytes of a safetensors file, see write_release_tensors.
 
     Raises ConfigError when `out` exists, CheckpointError when the checkpoint is missing, torn or does not fit.
@@ -66,7 +66,7 @@ def export(run: Path, out: Path, *, step: str = "best", dtype: str = "float32", 
     folder = checkpoint.find(run, step)
     state = checkpoint.validate(folder)
     config = validate(TrainConfig, state.config)
-    vocab = _vocab_of(run, state)
+    vocab = vocab_of(run, state)
     remove_abandoned(out)
     with publish(out) as building:
         building.mkdir()
@@ -94,7 +94,8 @@ def check_new(out: Path) -> None:
                           fix="make it, or give another --out")
 
 
-def _vocab_of(run: Path, state: RunState) -> GeneVocab:
+def vocab_of(run: Path, state: RunState) -> GeneVocab:
+    """The vocabulary of a run; CheckpointError where its file is not the one that it was trained with."""
     if not (run / VOCAB).is_file():
         raise CheckpointError(f"the run has no {VOCAB}", where=str(run), fix="restore the file from the corpus")
     vocab = GeneVocab.from_file(run / VOCAB, default_token=None)

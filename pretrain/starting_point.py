@@ -21,6 +21,7 @@ from pretrain import checkpoint
 from pretrain.checkpoint import SUMS, check_sums
 from pretrain.config import TrainConfig
 from pretrain.engine import Engine
+from pretrain.export import vocab_of
 from pretrain.fragments import fragments, refresh_weights
 from pretrain.run_directory import CHECKPOINTS, VOCAB
 from pretrain.shards import Shards, copy_range
@@ -97,7 +98,7 @@ def open_source(path: Path, world: World) -> Source:
 def _of_checkpoint(folder: Path, world: World) -> Source:
     state = world.of_first(lambda: checkpoint.validate(folder))
     config = validate(TrainConfig, state.config)
-    vocab = GeneVocab.from_file(folder.parents[1] / VOCAB, default_token=None)
+    vocab = vocab_of(folder.parents[1], state)
     shards = Shards(folder, stage=state.zero_stage, world_size=state.world_size)
     return Source(config.model, vocab, shards.shapes, shards.parts, {
         "kind": "run", "name": config.model.name, "sha256": sha256(folder / SUMS), "step": state.step})

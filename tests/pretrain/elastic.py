@@ -3,7 +3,7 @@
     elastic.py CASES.json     CASES: [{"settings": [...], "folder": DIR, "resume": true, "until": 4, "out": FILE}, ...]
 
 A case begins anew, or loads the newest checkpoint of `folder`, learns up to step `until`, and saves there where it
-began anew. Rank 0 writes {"losses": of each step, "digests", "changed"} to `out`, or {"error"}.
+began anew. Rank 0 writes {"losses": of each step, "digests", "changed", "loss_scale"} to `out`, or {"error"}.
 """
 import json
 import sys
@@ -17,8 +17,8 @@ from pretrain.checkpoint import RunState, newest_valid
 from pretrain.config import TrainConfig
 from pretrain.corpus import Corpus
 from pretrain.data import Loader, to_tensors
-from pretrain.engine import Engine
-from pretrain.fragments import digests
+from pretrain.engine import Engine, quiet_deepspeed
+from pretrain.fragments import digests, loss_scale
 from pretrain.schedule import learning_rate
 from pretrain.world import World, join_world
 from scgpt.config import load_config
@@ -39,6 +39,10 @@ def main(cases: Path) -> None:
 
 def run(case: dict[str, Any], config: TrainConfig, world: World) -> dict[str, Any]:
     """One case."""
+    quiet_deepspeed(world.device)
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True   # DeepSpeed refuses what CPUs compute slowly
     corpus, folder = Corpus.open(config), Path(case["folder"])
     engine, state, changed = Engine(config, corpus.vocab, world), RunState(), []
     if case["resume"]:
@@ -52,7 +56,7 @@ def run(case: dict[str, Any], config: TrainConfig, world: World) -> dict[str, An
         state.step, state.world_size, state.precision = case["until"], world.world_size, engine.precision
         world.of_first(lambda: folder.mkdir(exist_ok=True))
         checkpoint.save(engine, folder, state, world, keep_last=1)
-    return {"losses": losses, "digests": digests(engine, world), "changed": changed}
+    return {"losses": losses, "digests": digests(engine, world), "changed": changed, "loss_scale": loss_scale(engine)}
 
 
 def step(engine: Engine, loader: Loader, number: int, config: TrainConfig, world: World) -> float:

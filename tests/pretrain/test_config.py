@@ -1,6 +1,6 @@
 import pytest
 
-from pretrain.config import TrainConfig, differences
+from pretrain.config import BatchConfig, TrainConfig, differences
 from scgpt.config import load_config, shipped_configs
 from scgpt.errors import ConfigError
 from scgpt.vocab import PUBLISHED, GeneVocab
@@ -82,3 +82,12 @@ def test_micro_batches_that_decide_which_cells_are_drawn_may_not_change():
 def test_one_domain_batches_ask_for_the_domain():
     with pytest.raises(ConfigError, match=r"one_domain_batches needs .*data\.batch_column"):
         config_of("data.one_domain_batches=true")
+
+
+@pytest.mark.parametrize(("global_size", "micro", "ranks", "fix"), [
+    (8, 2, 3, r"start 2 rank\(s\), or make it 6"), (12, 2, 4, r"set batch.micro_batch_size=1, or make it 16"),
+    (24, 8, 4, r"set batch.micro_batch_size=6, or make it 32"), (7, 4, 2, "make it 8")])
+def test_sizes_that_do_not_fit_the_ranks_come_with_ones_that_do(global_size, micro, ranks, fix):
+    batch = BatchConfig(global_batch_size=global_size, micro_batch_size=micro)
+    with pytest.raises(ConfigError, match=fix):
+        batch.accumulation(ranks)

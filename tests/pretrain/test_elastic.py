@@ -1,6 +1,5 @@
 """A run goes on on other ranks, in another ZeRO stage and precision: the same weights, moments and curve."""
 import json
-import os
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ import torch
 
 from pretrain.shards import copy_range
 from tests.pretrain import runs
-from tests.pretrain.runs import ROOT
+from tests.pretrain.runs import FULL, ROOT
 
 SETTINGS = (*runs.SETTINGS, "model.dropout=0", "schedule.kind=constant")
 STAGES, UNTIL, END = (0, 1, 2, 3), 2, 4
-FULL = bool(os.environ.get("SCGPT_FULL"))
 
 
 @pytest.fixture(scope="module")
@@ -74,24 +72,27 @@ def test_any_stage_goes_on_in_any_other_on_more_or_fewer_ranks(corpus, tmp_path)
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_precision_goes_on_from_the_float32_weights_of_every_other(corpus, tmp_path):
-    kinds = [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (2, "fp32")]
+    kinds = [(0, "bf16"), (1, "bf16"), (3, "fp16"), (0, "fp16"), (2, "fp32")]
+    settings = [(f"train.precision={precision}", *(("deepspeed.offload_optimizer=true",) if stage == 3 else ()))
+                for stage, precision in kinds]
     folders = [tmp_path / f"{stage}-{precision}" for stage, precision in kinds]
-    begun = run_cases(tmp_path, [case_of(corpus, folder, stage, UNTIL, f"train.precision={precision}", resume=False)
-                                 for folder, (stage, precision) in zip(folders, kinds, strict=True)], ranks=1)
+    beginnings = [case_of(corpus, folder, stage, UNTIL, *words, resume=False)
+                  for folder, (stage, _), words in zip(folders, kinds, settings, strict=True)]
+    more = [case_of(corpus, folder, stage, END, *words, resume=True)
+            for folder, (stage, _), words in zip(folders, kinds, settings, strict=True)]
+    whole = [case | {"folder": f"{case['folder']}-whole", "resume": False} for case in more]
+    found = run_cases(tmp_path, [*beginnings, *more, *whole], ranks=1)
+    begun, resumed, uninterrupted = found[:5], found[5:10], found[10:]
+    for kind, one, other in zip(kinds, resumed, uninterrupted, strict=True):   # the same shape: to the bit
+        assert one["losses"] == other["losses"][UNTIL:], kind
+        assert one["digests"] == other["digests"], kind
+        assert one["loss_scale"] == other["loss_scale"], kind
     pairs = [(source, target) for source, target in product(range(5), repeat=2)
-             if FULL or target == (source + 1) % 5 or source == target]
-    cases = [case_of(corpus, folders[source], kinds[target][0], UNTIL, f"train.precision={kinds[target][1]}",
-                     resume=True) for source, target in pairs]
-    for (source, target), found in zip(pairs, run_cases(tmp_path, cases, ranks=2), strict=True):
-        assert found.get("digests") == begun[source]["digests"], (kinds[source], kinds[target], found)
-    again = [case_of(corpus, folder, stage, END, f"train.precision={precision}", resume=True)
-             for folder, (stage, precision) in zip(folders, kinds, strict=True)]
-    whole = [case_of(corpus, tmp_path / f"whole-{number}", stage, END, f"train.precision={precision}", resume=False)
-             for number, (stage, precision) in enumerate(kinds)]
-    found = run_cases(tmp_path, [*again, *whole], ranks=1)
-    for resumed, uninterrupted in zip(found, found[len(kinds):], strict=False):   # the same shape: to the bit
-        assert resumed["losses"] == uninterrupted["losses"][UNTIL:]
-        assert resumed["digests"] == uninterrupted["digests"]
+             if FULL or target == (source + 1) % 5]
+    cases = [case_of(corpus, folders[source], kinds[target][0], UNTIL, *settings[target], resume=True)
+             for source, target in pairs]
+    for (source, target), one in zip(pairs, run_cases(tmp_path, cases, ranks=2), strict=True):
+        assert one.get("digests") == begun[source]["digests"], (kinds[source], kinds[target], one)
 
 
 @pytest.mark.slow

@@ -196,6 +196,53 @@ def test_any_checkpoint_can_be_exported(run, tmp_path, step, expected):
     assert json.loads((export(run, tmp_path / "out", step=step) / "config.json").read_text())["step"] == expected
 
 
+@pytest.mark.parametrize(("dtype", "naming"), [("bfloat16", "flash"), ("float16", "torch"), ("float32", "torch")])
+def test_a_release_has_the_dtype_and_the_names_that_were_asked_for(run, tmp_path, dtype, naming):
+    release = export(run, tmp_path / "out", dtype=dtype, naming=naming)
+    assert verify(release)["largest_difference"] < 1e-6
+    expected = {rename(name, naming): tensor for name, tensor in runs.weights(run, "best").items()}
+    for state in (load_file(release / "model.safetensors"), torch.load(release / "best_model.pt", weights_only=True)):
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], tensor.to(getattr(torch, dtype))) for name, tensor in expected.items())
+    args = json.loads((release / "args.json").read_text())
+    assert args["fast_transformer"] == (naming == "flash")
+    for fast in {naming == "flash", False}:   # stock code renames flash names for torch's layers, not the other way
+        model, wanted = stock_model(release, use_fast_transformer=fast), "flash" if fast else "torch"
+        load_pretrained(model, torch.load(release / "best_model.pt", weights_only=True), prefix=None, verbose=False)
+        halves = {rename(name, wanted): tensor.to(getattr(torch, dtype)) for name, tensor in expected.items()}
+        assert all(torch.equal(tensor, halves[name].float()) for name, tensor in model.state_dict().items())
+    assert f"the same {dtype} tensors" in (release / "README.md").read_text()
+    assert load_embedder(release, "cpu").model.encoder.embedding.weight.dtype == torch.float32
+
+
+def test_a_release_of_several_files_is_verified_whole(run, tmp_path):
+    release = export(run, tmp_path / "out", max_shard_size=8000)
+    files = sorted(path.name for path in release.glob("model-*.safetensors"))
+    assert len(files) > 1
+    assert verify(release)["files"] == 8 + len(files)
+    assert not (release / "model.safetensors").exists()
+    assert load_embedder(release, "cpu")
+    (release / files[1]).unlink()
+    with pytest.raises(CheckpointError, match=f"'{files[1]}' is missing"):
+        verify(release)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_memory_of_an_export_is_a_few_tensors_not_the_model(tmp_path):
+    """Anonymous memory, sampled while 150 MB of weights become a release: mapped files are the kernel's to drop."""
+    corpus = runs.make_corpus(tmp_path / "corpus")
+    large = ("train.max_steps=1", "data.valid_split=null", "model.n_layers=60", "model.d_model=256", "model.d_hid=512",
+             "model.n_heads=2", "batch.global_batch_size=2", "objective.context_length=8")
+    code, errors = runs.train(corpus, tmp_path / "run", *large)
+    assert code == 0, errors
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name("export_memory.py")), str(tmp_path)],
+                          capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(runs.ROOT)})
+    grown = int(done.stdout.split()[-1])
+    assert (tmp_path / "release" / "model.safetensors").stat().st_size > 120e6
+    assert grown < 40e6
+
+
 def test_an_existing_folder_is_never_written_into(run, release):
     before = sha256(release / SUMS)
     with pytest.raises(ConfigError, match="exists already"):

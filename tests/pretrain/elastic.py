@@ -48,8 +48,7 @@ def run(case: dict[str, Any], config: TrainConfig, world: World) -> dict[str, An
     if case["resume"]:
         state = world.of_first(lambda: newest_valid(folder)[0])
         changed = checkpoint.load(engine, folder, state, world)
-    loader = Loader.of_run(config, corpus.train, corpus.vocab, rank=world.rank, world_size=world.world_size,
-                           labels=corpus.train_labels)
+    loader = Loader.of_run(config, corpus, rank=world.rank, world_size=world.world_size)
     losses = [step(engine, loader, number, config, world) for number in range(state.step, case["until"])]
     engine.average_statistics()
     if not case["resume"]:

@@ -174,7 +174,7 @@ def test_a_model_that_the_weights_do_not_fit_is_refused_with_a_list(release, cor
                               "model.n_heads=4", "model.d_hid=8")
     assert code == 2
     for part in ("model.n_layers is 2 there and 3 here", "model.n_heads is 2 there and 4 here",
-                 "transformer_encoder.layers.2.linear1.weight is missing"):
+                 "transformer_encoder.layers.2.self_attn.Wqkv.weight is missing"):
         assert part in errors
     assert "Traceback" not in errors
 

@@ -3,6 +3,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pretrain.order import Blocks
@@ -10,6 +11,7 @@ from scgpt.collate import CollateConfig
 from scgpt.config import Config, ConfigPlace, Seed
 from scgpt.errors import ConfigError
 from scgpt.model.config import ModelConfig
+from scgpt.vocab import SPECIAL_TOKENS, GeneVocab
 
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -74,12 +76,14 @@ class ObjectiveConfig(Config):
     context_length: Annotated[int, Field(ge=2)] = 1200   # tokens a cell at most, `<cls>` included
     input_style: Literal["binned", "log1p", "raw"] = "binned"
     tie_rule: Literal["spread", "highest"] = "spread"   # a value on several edges: any of their bins, or the highest
+    unexpressed_genes: NonNegativeInt = 0  # genes of value 0 that join a cell before it is sampled to the context
 
     def collate_config(self) -> CollateConfig:
         """How cells become batches."""
         ratios = tuple(self.mask_ratio) if isinstance(self.mask_ratio, list) else (self.mask_ratio,)
         return CollateConfig(context_length=self.context_length, n_bins=self.n_bins, mask_ratio=ratios, task=self.task,
-                             input_style=self.input_style, tie_rule=self.tie_rule)
+                             input_style=self.input_style, tie_rule=self.tie_rule,
+                             unexpressed_genes=self.unexpressed_genes)
 
 
 class BatchConfig(Config):
@@ -230,9 +234,15 @@ class TrainConfig(Config):
                "category input needs binned values and two categories more than bins",
                f"set objective.input_style=binned and model.n_input_bins={objective.n_bins + 2}")
 
-    def collate_config(self) -> CollateConfig:
-        """How cells become batches of this model: categories have special values of their own."""
+    def collate_config(self, vocab: GeneVocab | None = None) -> CollateConfig:
+        """How cells become batches of this model: categories have special values of their own.
+
+        `vocab`: what unexpressed genes are drawn from; can be left out where no batch is made.
+        """
         collating = self.objective.collate_config()
+        if vocab is not None and self.objective.unexpressed_genes:
+            genes = np.array([index for token, index in vocab.items() if token not in SPECIAL_TOKENS], np.int32)
+            collating = replace(collating, gene_ids=genes)
         if self.model.input_emb_style != "category" or self.model.kind == "generator":
             return collating
         return replace(collating, pad_value=self.model.pad_value, mask_value=self.model.pad_value + 1)

@@ -88,7 +88,7 @@ class Loader:
     @classmethod
     def of_run(cls, config: "TrainConfig", corpus: "Corpus", *, rank: int, world_size: int) -> "Loader":
         """The loader of a rank of a training."""
-        return cls(corpus.train, config.collate_config(), cls_id=corpus.vocab[CLS], seed=config.train.seed,
+        return cls(corpus.train, config.collate_config(corpus.vocab), cls_id=corpus.vocab[CLS], seed=config.train.seed,
                    global_batch_size=config.batch.global_batch_size, micro_batch_size=config.batch.micro_batch_size,
                    rank=rank, world_size=world_size, workers=config.data.workers, order=corpus.order,
                    labels=corpus.train_labels, one_domain=config.data.one_domain_batches)
@@ -107,7 +107,7 @@ class Loader:
     def load(self, step: int) -> GlobalStep:
         """This rank's part of global batch `step`: a pure function of the loader's arguments and `step`."""
         indices, epochs = self._order(step)
-        lengths = np.minimum(self.cells.lengths_of(indices), self.collate_config.context_length - 1) + 1
+        lengths = self.collate_config.n_tokens(self.cells.lengths_of(indices))
         dealt = self._dealt(indices, lengths)
         numbers = of_rank(len(dealt), self.rank, self.world_size)
         return GlobalStep(step, numbers, [self._collate(indices[dealt[j]], epochs[dealt[j]]) for j in numbers],

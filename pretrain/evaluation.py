@@ -6,6 +6,7 @@ which is added up over ranks, then over rows: the order of additions does not de
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from pretrain.draw import Cells
 from pretrain.engine import Engine
 from pretrain.labels import NO_LABELS, Labels
 from pretrain.world import World
-from scgpt.collate import PackedBatch, collate
+from scgpt.collate import CollateConfig, PackedBatch, collate
+from scgpt.vocab import CLS, GeneVocab
 
 EVALUATION_SEED = 0          # of masks, samples and bins: every run is measured on the same hidden values
 GENE_MEAN_CELLS = 1 << 16    # cells of the train split, evenly spaced, from which gene means are taken at most
@@ -30,9 +32,13 @@ class HeldOut:
 
     cells: Cells
     config: TrainConfig
-    cls_id: int
+    vocab: GeneVocab
     world: World
     labels: Labels = NO_LABELS
+
+    @cached_property
+    def _collating(self) -> CollateConfig:
+        return self.config.collate_config(self.vocab)
 
     def loss(self, engine: Engine) -> dict[str, float]:
         """Means over all hidden values (or cells): `loss`, its terms, `mre`. All ranks call it, all get the same.
@@ -95,7 +101,7 @@ class HeldOut:
 
     def _loader(self, rank: int) -> Loader:
         batch = self.config.batch
-        return Loader(self.cells, self.config.collate_config(), cls_id=self.cls_id, seed=EVALUATION_SEED,
+        return Loader(self.cells, self._collating, cls_id=self.vocab[CLS], seed=EVALUATION_SEED,
                       global_batch_size=batch.global_batch_size, micro_batch_size=batch.micro_batch_size, rank=rank,
                       world_size=self.world.world_size, workers=self.config.data.workers, labels=self.labels,
                       one_domain=self.config.data.one_domain_batches, evaluation=True)
@@ -107,9 +113,9 @@ class HeldOut:
         sums = np.zeros((2, n_tokens))
         for first in range(0, len(chosen), _CHUNK_CELLS):
             cells = train_cells.fetch(chosen[first:first + _CHUNK_CELLS])
-            batch = collate(cells, self.config.collate_config(), cls_id=self.cls_id, seed=EVALUATION_SEED,
+            batch = collate(cells, self._collating, cls_id=self.vocab[CLS], seed=EVALUATION_SEED,
                             epochs=0, mask=False)
-            is_gene = batch.gene_ids != self.cls_id
+            is_gene = batch.gene_ids != self.vocab[CLS]
             genes, bins = batch.gene_ids[is_gene], batch.targets[is_gene].astype(np.float64)
             sums[0] += np.bincount(genes, bins, minlength=n_tokens)
             sums[1] += np.bincount(genes, minlength=n_tokens)

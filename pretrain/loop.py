@@ -22,7 +22,6 @@ from pretrain.starting_point import begin_from
 from pretrain.world import RankError, World, join_world
 from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED
 from scgpt.files import write_bytes, write_json
-from scgpt.vocab import CLS
 
 _PEER_LOST = ("gloo", "nccl", "connection reset", "connection closed", "timed out", "socket")
 
@@ -66,7 +65,7 @@ class Training:
         self.state, self.log, self.total_steps, self.checkpoints = run.state, run.log, run.total_steps, run.checkpoints
         self.engine = Engine(config, corpus.vocab, world)
         self.loader = Loader.of_run(config, corpus, rank=world.rank, world_size=world.world_size)
-        self.held_out = (HeldOut(corpus.valid, config, corpus.vocab[CLS], world, corpus.valid_labels)
+        self.held_out = (HeldOut(corpus.valid, config, corpus.vocab, world, corpus.valid_labels)
                          if corpus.valid is not None else None)
         self.window = Window(self.state.window, self.engine.objective)
         changed: list[str] = []

@@ -32,7 +32,7 @@ def total_steps(config: TrainConfig, corpus: Corpus) -> int:
     if limits.max_epochs is not None:
         steps.append(math.ceil(corpus.order.n_cells(limits.max_epochs) / size))
     if limits.max_tokens is not None:
-        tokens_a_cell = corpus.order.mean(corpus.train.lengths.clip(max=config.objective.context_length - 1) + 1)
+        tokens_a_cell = corpus.order.mean(config.collate_config(corpus.vocab).n_tokens(corpus.train.lengths))
         steps.append(math.ceil(limits.max_tokens / (tokens_a_cell * size)))
     return max(1, min(steps))
 

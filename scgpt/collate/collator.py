@@ -6,7 +6,7 @@ loop releases the GIL. Its machine code is cached beside the source; the first c
 """
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +29,7 @@ from scgpt.collate.binning import (
 from scgpt.collate.masking import draw_ratio, hide, split
 from scgpt.collate.packing import PackedBatch
 from scgpt.collate.sampling import sample, take
+from scgpt.collate.unexpressed import add_unexpressed
 from scgpt.data.schema import CELL_ID, RaggedBatch
 from scgpt.errors import ConfigError, DataError
 from scgpt.rng import PURPOSE_BIN_TIES, PURPOSE_MASK, PURPOSE_SAMPLE, PURPOSE_SPLIT, stream
@@ -52,6 +53,9 @@ class CollateConfig:
     task: Task = "pcpt"                        # genes hidden in place, or ("gen", "both") moved to a part of their own
     input_style: InputStyle = "binned"         # bins, log(1 + expression), or the expression itself
     tie_rule: TieRule = "spread"               # a value on several edges: a bin drawn among theirs, or the highest
+    unexpressed_genes: int = 0                 # genes of value 0 that join a cell before it is sampled to the context
+    gene_ids: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32), compare=False, repr=False)
+    # (genes,) those of the vocabulary, special tokens left out, which unexpressed genes are drawn from
 
     def __post_init__(self) -> None:
         for name, value, good, what in (
@@ -61,6 +65,7 @@ class CollateConfig:
              "between 0 and 1, both excluded"),
             ("task", self.task, self.task in ("pcpt", "gen", "both"), "'pcpt', 'gen' or 'both'"),
             ("input_style", self.input_style, self.input_style in _STYLES, " or ".join(map(repr, _STYLES))),
+            ("unexpressed_genes", self.unexpressed_genes, self.unexpressed_genes >= 0, "0 or more"),
             ("tie_rule", self.tie_rule, self.tie_rule in ("spread", "highest"), "'spread' or 'highest'"),
         ):
             if not good:
@@ -78,6 +83,16 @@ class CollateConfig:
         """The value of `<cls>`: upstream gives it that of padding."""
         return self.pad_value
 
+    def with_unexpressed(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Genes of each cell with those of value 0 that join it, from its expressed ones, (cells,)."""
+        if not self.unexpressed_genes:
+            return lengths
+        return np.maximum(lengths, np.minimum(lengths + self.unexpressed_genes, len(self.gene_ids)))
+
+    def n_tokens(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of each cell, `<cls>` included, from its expressed genes, (cells,)."""
+        return np.minimum(self.with_unexpressed(lengths), self.context_length - 1) + 1
+
 
 def collate(cells: RaggedBatch, config: CollateConfig, *, cls_id: int, seed: int, epochs: NDArray[np.int64] | int,
             mask: bool = True) -> PackedBatch:
@@ -91,10 +106,11 @@ def collate(cells: RaggedBatch, config: CollateConfig, *, cls_id: int, seed: int
         epochs: passes over the corpus before this one, of each cell, (cells,), or of all.
         mask: False hides nothing (embedding).
 
-    Raises DataError when the batch has more tokens than int32 boundaries can name.
+    Raises DataError when the batch has more tokens than int32 boundaries can name, ConfigError where unexpressed genes
+    are to be drawn from none.
     """
     cell_ids = np.ascontiguousarray(cells.columns[CELL_ID], np.uint64)
-    lengths = np.minimum(cells.lengths, config.context_length - 1) + 1
+    expressed, lengths = cells.lengths, config.n_tokens(cells.lengths)
     n_tokens = int(lengths.sum())
     if n_tokens > np.iinfo(np.int32).max:
         raise DataError(f"a batch of {len(cells)} cells has {n_tokens} tokens, more than int32 can count",
@@ -109,9 +125,15 @@ def collate(cells: RaggedBatch, config: CollateConfig, *, cls_id: int, seed: int
                      config.task != "pcpt", _STYLES[config.input_style], config.tie_rule == "spread",
                      cells.expressions.dtype != np.float32, probabilities(config.n_bins))
     epoch_of = np.ascontiguousarray(np.broadcast_to(np.asarray(epochs, np.int64), cell_ids.shape))
+    if config.unexpressed_genes:
+        if not len(config.gene_ids):
+            raise ConfigError("unexpressed genes are asked for, but not which genes there are",
+                              where="CollateConfig.gene_ids", fix="give the ids of the vocabulary's genes")
+        cells = add_unexpressed(cells, config.with_unexpressed(expressed), config.gene_ids, seed=seed,
+                                cell_ids=cell_ids, epochs=epoch_of)
     scratch = scratch_for(int(cells.lengths.max(initial=0)), config.n_bins)
-    _collate_cells(cells.genes, cells.expressions, sort_keys(cells.expressions), cells.offsets, cell_ids, epoch_of,
-                   recipe, scratch, as_values(scratch.sorted_keys, cells.expressions.dtype),
+    _collate_cells(cells.genes, cells.expressions, sort_keys(cells.expressions), cells.offsets, expressed, cell_ids,
+                   epoch_of, recipe, scratch, as_values(scratch.sorted_keys, cells.expressions.dtype),
                    packed.gene_ids, packed.values, packed.targets, packed.target_mask, cu_seqlens,
                    np.empty(0, np.int32) if packed.perception_lengths is None else packed.perception_lengths)
     return packed
@@ -142,13 +164,14 @@ def _compiled(sources: str) -> Callable[..., None]:
 
     @njit(cache=True, nogil=True)
     def collate_cells(genes: NDArray[np.unsignedinteger], expressions: NDArray[np.generic],
-                      keys: NDArray[np.unsignedinteger], offsets: NDArray[np.int64], cell_ids: NDArray[np.uint64],
-                      epochs: NDArray[np.int64], recipe: _Recipe, scratch: Scratch,
+                      keys: NDArray[np.unsignedinteger], offsets: NDArray[np.int64], expressed: NDArray[np.int64],
+                      cell_ids: NDArray[np.uint64], epochs: NDArray[np.int64], recipe: _Recipe, scratch: Scratch,
                       ordered: NDArray[np.generic], gene_ids: NDArray[np.int32], values: NDArray[np.float32],
                       targets: NDArray[np.float32], target_mask: NDArray[np.bool_],
                       cu_seqlens: NDArray[np.int32], perception_lengths: NDArray[np.int32]) -> None:
         """Fill `gene_ids`, `values`, `targets` and `target_mask`, (tokens,) each, and, where cells are split,
-        `perception_lengths`, (cells,); `ordered`: `scratch.sorted_keys` as values.
+        `perception_lengths`, (cells,); `expressed`: (cells,) genes of each with a value above 0, its first ones;
+        `ordered`: `scratch.sorted_keys` as values.
         """
         _ = sources
         chosen, moved = np.empty(recipe.n_wanted + 1, np.int32), np.empty(recipe.n_wanted + 1, np.int32)
@@ -167,8 +190,8 @@ def _compiled(sources: str) -> Callable[..., None]:
                                scratch.spare)
                 perception_lengths[cell] = 1 + n_seen
             take(genes[begin:end], chosen, gene_ids[first + 1:stop])
-            if recipe.style == _BINNED and n_chosen > 0:
-                fill_edges(keys[begin:end], recipe.integers, ordered, recipe.at, scratch)
+            if recipe.style == _BINNED and expressed[cell] > 0:
+                fill_edges(keys[begin:begin + expressed[cell]], recipe.integers, ordered, recipe.at, scratch)
                 table_end = fill_table(recipe.integers, scratch)
                 find_bins(of_cell, keys[begin:end], chosen, n_chosen, table_end, scratch)
                 draw_bins(scratch.spare, chosen, stream(recipe.seed, epoch, cell_id, PURPOSE_BIN_TIES), recipe.spread,

@@ -50,7 +50,7 @@ def test_the_gene_mean_baseline_is_that_of_a_dictionary_of_lists(corpus_dir, wor
     hidden = held.target_mask
     errors = [(value - np.mean(bins_of.get(gene, [overall]))) ** 2
               for gene, value in zip(held.gene_ids[hidden].tolist(), held.targets[hidden].tolist(), strict=True)]
-    found = HeldOut(corpus.valid, config, cls_id, world).gene_mean_loss(corpus.train, len(corpus.vocab))
+    found = HeldOut(corpus.valid, config, corpus.vocab, world).gene_mean_loss(corpus.train, len(corpus.vocab))
     assert found == pytest.approx(np.mean(errors), rel=1e-12)
 
 

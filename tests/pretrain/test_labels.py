@@ -136,3 +136,27 @@ def test_classes_domains_similarity_contrast_and_batch_norm_train_on_two_ranks_a
     assert last["loss"] < first["loss"]
     statistics = runs.weights(tmp_path / "run")["bn.running_mean"]
     assert float(statistics.abs().max()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [
+    ("model.domain_spec_batchnorm=dsbn", "deepspeed.zero_stage=3"),
+    ("model.domain_spec_batchnorm=do_affine", "model.generative=true", "objective.task=gen", "deepspeed.zero_stage=2"),
+], ids=["masked, ZeRO 3", "generative, weights of their own, ZeRO 2"])
+def test_a_model_with_a_norm_for_each_domain_trains_alike_on_one_rank_and_on_two(tmp_path, settings):
+    """Two ranks are in different domains at a time, and the losses do not tell."""
+    corpus = runs.write_two_sources(tmp_path / "corpus")
+    settings = (*settings, "data.batch_column=source", "model.n_batch_labels=2", "data.one_domain_batches=true",
+                "model.dropout=0", "train.max_steps=40", "train.eval_every=40")
+    curves = []
+    for ranks in (1, 2):
+        code, errors = runs.train(corpus, tmp_path / f"run-{ranks}", *settings, ranks=ranks)
+        assert code == 0, errors
+        curves.append(runs.curve(tmp_path / f"run-{ranks}"))
+    alone, spread = curves
+    assert alone["train", 40]["loss"] < alone["train", 5]["loss"]
+    assert alone["valid", 40]["loss"] < alone["valid", 0]["loss"]
+    for step in (5, 10, 20, 40):
+        assert spread["train", step]["loss"] == pytest.approx(alone["train", step]["loss"], rel=1e-4)
+    # Running statistics are each rank's own until they are averaged: a mean of moving averages, not that of all cells.
+    assert spread["valid", 40]["loss"] == pytest.approx(alone["valid", 40]["loss"], rel=0.02)

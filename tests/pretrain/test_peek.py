@@ -46,7 +46,8 @@ THIN = "data.full_genes=30"
 BLOCKS = ("data.order=blocks", "data.block_cells=8", "data.window_blocks=3")
 
 
-@pytest.mark.parametrize("settings", [(THIN,), DOMAINS, (*DOMAINS, THIN), (*DOMAINS, THIN, *BLOCKS)],
+@pytest.mark.parametrize("settings", [(THIN,), DOMAINS, (*DOMAINS, THIN), (*DOMAINS, THIN, *BLOCKS),
+                                      ("objective.unexpressed_genes=20",)],
                          ids=lambda settings: " ".join(settings))
 @pytest.mark.parametrize("corpora", ["one", "mixture"])
 def test_every_world_size_shows_the_same_cells_and_digest_with_every_option(domains_corpus, corpus, corpora, settings):

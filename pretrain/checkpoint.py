@@ -23,7 +23,7 @@ import torch
 from pretrain.engine import Engine
 from pretrain.fragments import digests, fragments, loss_scale, refresh_weights, set_loss_scale, set_step, state_of
 from pretrain.shards import Shards, copy_range
-from pretrain.world import World
+from pretrain.world import RankError, World, is_lost_peer
 from scgpt.errors import CheckpointError
 from scgpt.files import TEMPORARY_PREFIX, fsync_path, json_bytes, remove, sha256, write_bytes
 
@@ -45,6 +45,8 @@ class RunState:
     gene_mean_loss: float | None = None # validation loss of predicting each gene's mean
     last_valid: dict[str, float] | None = None   # the newest validation, and its step
     window: list[list[float]] = field(default_factory=list)   # loss sums of each step since the last train row
+    skipped_in_row: int = 0             # of the newest steps: those without an update, see pretrain/recovery.py
+    rollbacks: list[list[int]] = field(default_factory=list)  # [checkpoint that was gone back to, steps done then]
     world_size: int = 0
     zero_stage: int = 0
     precision: str = ""
@@ -85,9 +87,12 @@ def save(engine: Engine, checkpoints: Path, state: RunState, world: World, *, ke
         sums = world.gather(_durable_sums(building, world))
         world.of_first(lambda: _publish(building, checkpoints, state, sums, keep_last))
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"the checkpoint of step {state.step} cannot be written: {str(error).splitlines()[0]} "
-                              f"({shutil.disk_usage(checkpoints).free / 1e9:.1f} GB free)", where=str(checkpoints),
-                              fix="make room; the same command continues from the checkpoint before") from error
+        if isinstance(error, RuntimeError) and is_lost_peer(error):
+            raise
+        kind = CheckpointError if world.is_first else RankError   # the disk of one rank alone: that rank tells
+        raise kind(f"the checkpoint of step {state.step} cannot be written: {str(error).splitlines()[0]} "
+                   f"({shutil.disk_usage(checkpoints).free / 1e9:.1f} GB free)", where=str(checkpoints),
+                   fix="make room; the same command continues from the checkpoint before") from error
 
 
 def _begin(final: Path, building: Path) -> bool:

@@ -21,8 +21,8 @@ Positive = Annotated[float, Field(gt=0.0)]
 # what is kept and shown, how a global batch is cut up; not which cells a step trains on.
 MAY_DIFFER = ("train.max_steps", "train.max_epochs", "train.max_tokens", "train.max_time_s", "train.log_every",
               "train.eval_every", "train.save_every", "train.keep_last", "train.recompute", "train.compile",
-              "train.deterministic", "train.precision", "data.corpus", "data.workers", "batch.micro_batch_size",
-              "deepspeed.", "tracking.")
+              "train.deterministic", "train.precision", "train.max_skipped_steps", "train.max_rollbacks", "data.corpus",
+              "data.workers", "batch.micro_batch_size", "deepspeed.", "tracking.")
 
 
 class MixtureConfig(Config):
@@ -149,6 +149,8 @@ class RunConfig(Config):
     eval_every: PositiveInt = 1000         # steps
     save_every: PositiveInt = 1000         # steps
     keep_last: PositiveInt = 3             # newest checkpoints kept, besides the best
+    max_skipped_steps: NonNegativeInt = 3  # in a row, for a loss or gradient that is not finite; one more rolls back
+    max_rollbacks: NonNegativeInt = 5      # of the whole run; where one more is needed, the run fails
 
     @model_validator(mode="after")
     def _ends(self) -> "RunConfig":

@@ -2,6 +2,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pretrain.config import MixtureConfig, TrainConfig
@@ -9,6 +10,7 @@ from pretrain.draw import Order, order_of
 from pretrain.labels import NO_LABELS, Labels, read_labels
 from pretrain.mixture import Mixture
 from scgpt.data import Manifest, TokenDataset
+from scgpt.data.schema import source_hash
 from scgpt.errors import ConfigError
 from scgpt.files import json_bytes
 from scgpt.vocab import CLS, PAD, GeneVocab
@@ -61,6 +63,15 @@ class Corpus:
                          domains=labels[0].batches if config.data.one_domain_batches else None)
         return cls(splits[0], splits[1] if valid else None, vocab, tuple(dataset.manifest for dataset in train),
                    weights, where, order, labels[0], labels[-1], values)
+
+    def sources_of(self, cell_ids: Sequence[int]) -> list[str]:
+        """Names of the sources that cells come from, each once, sorted."""
+        return sorted({self._source_names.get(cell_id >> 32, f"unknown source {cell_id >> 32:08x}")
+                       for cell_id in cell_ids})
+
+    @cached_property
+    def _source_names(self) -> dict[int, str]:
+        return {source_hash(source.name): source.name for manifest in self.manifests for source in manifest.sources}
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint and a release say of it. `sha256` is that of the manifest; of a mixture, over all of it."""

@@ -6,6 +6,7 @@ its own fused Adam are left out (48 s on a cold cache, a crash where there is no
 """
 import json
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -20,8 +21,14 @@ from torch import Tensor
 from pretrain.config import DeepSpeedConfig, RunConfig, TrainConfig
 from pretrain.data import BatchTensors
 from pretrain.objectives import LossSums, Objective
-from pretrain.precision import grow_scale_after_update, resolve_precision, undo_first_update
-from pretrain.world import World
+from pretrain.precision import (
+    can_scale_down,
+    grow_scale_after_update,
+    outlast_smallest_scale,
+    resolve_precision,
+    undo_first_update,
+)
+from pretrain.world import World, limit_collectives
 from scgpt.errors import ConfigError
 from scgpt.rng import GOLDEN, PURPOSE_DROPOUT, PURPOSE_WEIGHTS, stream
 from scgpt.vocab import GeneVocab
@@ -135,7 +142,7 @@ class Engine:
         self.precision = resolve_precision(config.train.precision, world.device)
         self.json = deepspeed_json(config, world_size=world.world_size, precision=self.precision,
                                    on_cpu=world.device.type == "cpu")
-        deepspeed.comm.comm.cdb = None   # of an earlier run in this process
+        deepspeed.comm.comm.cdb = deepspeed.utils.groups._WORLD_GROUP = None   # of an earlier run in this process
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         torch.manual_seed(_seed(config.train.seed, 0, 0, PURPOSE_WEIGHTS))   # every rank draws the same weights
         model: torch.nn.Module = build_model(config.model, vocab)
@@ -147,11 +154,19 @@ class Engine:
             raise ConfigError(f"DeepSpeed refuses the configuration: {' '.join(str(error).split())}",
                               where="deepspeed.overrides or train.precision",
                               fix="change the setting that it names") from error
-        if config.deepspeed.zero_stage == 0 and self.precision != "fp32":
+        limit_collectives(config.deepspeed.timeout_s)
+        self._is_plain = config.deepspeed.zero_stage == 0 and self.precision == "fp32"   # torch's own optimizer
+        if self._is_plain:
+            self.deepspeed.optimizer.register_step_pre_hook(self._drop_gradients)
+        elif config.deepspeed.zero_stage == 0:
             undo_first_update(self.deepspeed.optimizer)
         if self.precision == "fp16":
             grow_scale_after_update(self.deepspeed.optimizer)
+            outlast_smallest_scale(self.deepspeed.optimizer)
         self._scales_loss = self.precision == "fp16" and config.deepspeed.zero_stage == 0
+        self._buffers = list(self.deepspeed.module.buffers())
+        self._buffers_before: list[Tensor] = []   # of this step: a skipped one leaves no trace in them either
+        self._norm, self.applied = float("nan"), True
         self.objective, self.seed, self.world = Objective.of(config), config.train.seed, world
         self._copies = world.world_size * config.batch.accumulation(world.world_size)
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
@@ -168,9 +183,11 @@ class Engine:
             counts: of the global batch, over all ranks, in the order of `Objective.units`.
             lr: learning rate of the update.
 
-        Returns the micro-batch's sums (loss terms, then relative errors), (names,) float64, without gradient.
+        Returns the micro-batch's sums (loss terms, then relative errors), (names,) float64, without gradient. After the
+        last one of a step, `applied` says whether there was an update.
         """
         torch.manual_seed(_seed(self.seed, step, micro_batch, PURPOSE_DROPOUT))
+        self._buffers_before = self._buffers_before or [buffer.clone() for buffer in self._buffers]
         sums = self._sums(batch, step)
         loss = sums.scaled(counts=counts, copies=self._copies)
         if self._scales_loss:   # DeepSpeed divides by the scale, but multiplies with it from ZeRO 1 on only
@@ -178,8 +195,38 @@ class Engine:
         self.deepspeed.backward(loss)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        self.deepspeed.step()
+        self._update()
         return sums.detached()
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """DeepSpeed's step. No rank updates where the whole gradient is not finite, and `applied` is False then.
+
+        Its half-precision and ZeRO optimizers look at the norm, over all ranks, before they update; torch's does not.
+        """
+        is_last = self.deepspeed.is_gradient_accumulation_boundary()
+        if is_last and self._is_plain:
+            gradients = [parameter.grad for parameter in self.deepspeed.module.parameters()
+                         if parameter.grad is not None]
+            self._norm = float(torch.nn.utils.get_total_norm(gradients))
+        self.deepspeed.step()
+        if not is_last:
+            return
+        self.applied = self.deepspeed.was_step_applied() and (math.isfinite(self._norm) or not self._is_plain)
+        if not self.applied:
+            for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
+                buffer.copy_(before)
+        self._buffers_before = []
+
+    def _drop_gradients(self, *_: Any) -> None:
+        """Before torch's own optimizer updates: without gradients it changes nothing."""
+        if not math.isfinite(self._norm):
+            self.deepspeed.zero_grad()
+
+    @property
+    def searches_scale(self) -> bool:
+        """Whether fp16's loss scaler can still go lower: then a gradient that is not finite is its way to search."""
+        return self.precision == "fp16" and can_scale_down(self.deepspeed.optimizer, self.json["fp16"])
 
     @torch.no_grad()
     def evaluate(self, batch: BatchTensors, *, key: int) -> Tensor:
@@ -213,6 +260,8 @@ class Engine:
     @property
     def grad_norm(self) -> float:
         """Norm of the last step's whole gradient, before clipping."""
+        if self._is_plain:
+            return self._norm
         norm = self.deepspeed.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 

@@ -1,4 +1,5 @@
 """The training loop: fetch a global batch, learn from it, tell, validate, save, stop where something asks for it."""
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,15 +16,13 @@ from pretrain.engine import Engine
 from pretrain.evaluation import HeldOut
 from pretrain.metrics import Window
 from pretrain.prefetch import Prefetch
-from pretrain.recovery import Interruption
+from pretrain.recovery import Fault, Interruption, rollback_targets
 from pretrain.run_directory import CONFIG, DEEPSPEED, OpenRun, open_run
 from pretrain.schedule import learning_rate
 from pretrain.starting_point import begin_from
-from pretrain.world import RankError, World, join_world
-from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED
+from pretrain.world import RankError, World, is_lost_peer, join_world
+from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED, CheckpointError
 from scgpt.files import write_bytes, write_json
-
-_PEER_LOST = ("gloo", "nccl", "connection reset", "connection closed", "timed out", "socket")
 
 
 def train(config: TrainConfig, out: Path) -> int:
@@ -50,7 +49,7 @@ def _lost_peers_are_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not any(word in str(error).lower() for word in _PEER_LOST):
+        if not is_lost_peer(error):
             raise
         raise RankError(f"another rank is gone or hung ({str(error).strip().splitlines()[0]})",
                         fix="see what it said; the same command continues from the last checkpoint") from error
@@ -61,7 +60,7 @@ class Training:
 
     def __init__(self, config: TrainConfig, corpus: Corpus, run: OpenRun, world: World,
                  interruption: Interruption) -> None:
-        self.config, self.world, self.interruption, self.order = config, world, interruption, corpus.order
+        self.config, self.corpus, self.world, self.interruption = config, corpus, world, interruption
         self.state, self.log, self.total_steps, self.checkpoints = run.state, run.log, run.total_steps, run.checkpoints
         self.engine = Engine(config, corpus.vocab, world)
         self.loader = Loader.of_run(config, corpus, rank=world.rank, world_size=world.world_size)
@@ -77,9 +76,9 @@ class Training:
         if world.is_first:   # from here on the run is continued: no earlier failure has changed a file of it
             write_bytes(run.path / CONFIG, config.to_yaml().encode())
             write_json(run.path / DEEPSPEED, self.engine.json)
-        self._begin(corpus, changed)
+        self._begin(changed)
 
-    def _begin(self, corpus: Corpus, changed: list[str]) -> None:
+    def _begin(self, changed: list[str]) -> None:
         """Tell; of a new run, measure where it starts from."""
         facts: dict[str, Any] = {"step": self.state.step, "total_steps": self.total_steps,
                                  "world_size": self.world.world_size, "precision": self.engine.precision}
@@ -89,7 +88,7 @@ class Training:
             return
         self.log.event("start", f"training {self.total_steps} steps on {self.world.world_size} rank(s)", **facts)
         if self.held_out is not None:
-            self.state.gene_mean_loss = self.held_out.gene_mean_loss(corpus.train, len(corpus.vocab))
+            self.state.gene_mean_loss = self.held_out.gene_mean_loss(self.corpus.train, len(self.corpus.vocab))
             self.log.event("gene_mean", loss_gene_mean=self.state.gene_mean_loss)
             self._validate()
 
@@ -100,12 +99,13 @@ class Training:
             for step in steps:
                 stop = self._learn(step)
                 done = self.state.step == self.total_steps
-                if self.state.step % settings.log_every == 0 or done:
+                if (self.state.step % settings.log_every == 0 or done) and not self.window.is_empty:
                     self._tell(steps)
                 if self.state.step % settings.eval_every == 0 or done:
                     self._validate()
                 improved = self.state.best_step == self.state.step
-                if self.state.step % settings.save_every == 0 or improved or stop or done:
+                went_back = any(end == self.state.step for _, end in self.state.rollbacks)
+                if self.state.step % settings.save_every == 0 or improved or went_back or stop or done:
                     self._save()
                 if done:
                     self.log.event("finished", f"finished after {self.state.step} steps", step=self.state.step)
@@ -130,13 +130,59 @@ class Training:
         self.state.step += 1
         self.state.cells_seen += step.n_cells
         self.state.tokens_seen += n_tokens
+        if self.engine.applied:
+            self.state.skipped_in_row = 0
+        elif self._skip(Fault.of(self.engine.objective.names, step.micro_batches, sums, self.world)):
+            return bool(n_asking)
         self.window.add(torch.stack(sums).sum(0), counts=counts, n_cells=step.n_cells, n_tokens=n_tokens, lr=lr)
         return bool(n_asking)
+
+    def _skip(self, fault: Fault) -> bool:
+        """Tell of a step without an update, go back after too many in a row; False where fp16 only seeks its scale."""
+        if not fault.terms and self.engine.searches_scale:
+            return False
+        self.state.skipped_in_row += 1
+        text = f"step {self.state.step} is skipped: {fault} not finite"
+        self.log.event("step_skipped", text, step=self.state.step, not_finite=str(fault).split(", "),
+                       cell_ids=fault.cell_ids, sources=self.corpus.sources_of(fault.cell_ids))
+        if self.state.skipped_in_row > self.config.train.max_skipped_steps:
+            self._go_back()
+        return True
+
+    def _go_back(self) -> None:
+        """Take the weights and the optimizer of an earlier checkpoint; the next step learns from the next global batch.
+
+        Raises CheckpointError where there is none, or after too many times.
+        """
+        state = self.state
+        earlier = self.world.of_first(self._earlier_checkpoint)
+        checkpoint.load(self.engine, self.checkpoints, earlier, self.world)
+        state.rollbacks.append([earlier.step, state.step])
+        state.skipped_in_row = 0
+        self.log.event("rolled_back", f"back to the weights of step {earlier.step}; the global batches up to step "
+                                      f"{state.step} are skipped", step=state.step, to_step=earlier.step)
+
+    def _earlier_checkpoint(self) -> checkpoint.RunState:
+        state, settings = self.state, self.config.train
+        what = f"the loss or gradient is not finite in {state.skipped_in_row} steps in a row, up to step {state.step}"
+        fix = ("see the cells of `step_skipped` in events.jsonl; start a new run without them, or with a lower "
+               "optimizer.lr")
+        if len(state.rollbacks) >= settings.max_rollbacks:
+            raise CheckpointError(f"{what}, after {len(state.rollbacks)} roll-backs", where=str(self.checkpoints),
+                                  fix=f"{fix}, or raise train.max_rollbacks")
+        for step in rollback_targets(checkpoint.steps_of(self.checkpoints), save_every=settings.save_every,
+                                     last_update=state.step - state.skipped_in_row, rollbacks=state.rollbacks):
+            try:
+                return checkpoint.validate(self.checkpoints / checkpoint.checkpoint_name(step))
+            except CheckpointError as error:
+                self.log.event("checkpoint_skipped", f"checkpoint {step} is skipped: {error.what}")
+        raise CheckpointError(f"{what}, and there is no earlier checkpoint to go back to", where=str(self.checkpoints),
+                              fix=fix)
 
     def _tell(self, steps: Prefetch[GlobalStep]) -> None:
         """Write the means since the last row."""
         row = self.window.row(self.world, steps.wait_s)
-        epochs = self.order.epochs(self.state.cells_seen)
+        epochs = self.corpus.order.epochs(self.state.cells_seen)
         self.log.row({"step": self.state.step, "split": "train", **row, "grad_norm": self.engine.grad_norm,
                       "cells_seen": self.state.cells_seen, "tokens_seen": self.state.tokens_seen,
                       **{f"epochs_{corpus}": number for corpus, number in enumerate(epochs)}})
@@ -148,8 +194,10 @@ class Training:
         started = time.perf_counter()
         self.engine.average_statistics()
         means = self.held_out.loss(self.engine)
-        self.state.last_valid = {"step": self.state.step, **means}
-        if self.state.step and (self.state.best_loss is None or means["loss_expression"] < self.state.best_loss):
+        self.state.last_valid = {"step": self.state.step,
+                                 **{name: mean for name, mean in means.items() if math.isfinite(mean)}}
+        best = math.inf if self.state.best_loss is None else self.state.best_loss
+        if self.state.step and means["loss_expression"] < best:
             self.state.best_loss, self.state.best_step = means["loss_expression"], self.state.step
         seconds = time.perf_counter() - started
         self.window.exclude(seconds)

@@ -23,7 +23,7 @@ from torch import Tensor
 from pretrain.config import TrainConfig
 from pretrain.objectives import Objective
 from pretrain.world import World
-from scgpt.errors import CheckpointError, ScgptError
+from scgpt.errors import CheckpointError
 from scgpt.files import remove
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
@@ -239,19 +239,21 @@ class Window:
         self._steps, self._cells, self._tokens = self._steps + 1, self._cells + n_cells, self._tokens + n_tokens
         self._lr = lr
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no step had an update."""
+        return not self._pending and not self._rows
+
     def exclude(self, seconds: float) -> None:
         """Time that was no training."""
         self._started += seconds
 
     def reduced(self, world: World) -> list[list[float]]:
-        """The rows of the steps so far, over all ranks. Raises ScgptError when a loss is not finite."""
+        """The rows of the steps so far, over all ranks."""
         if self._pending:
             sums = world.sum(torch.stack([sums for _, sums in self._pending]).cpu()).tolist()
             self._rows += [[*map(float, counts), *row] for (counts, _), row in zip(self._pending, sums, strict=True)]
             self._pending = []
-        if not all(math.isfinite(number) for row in self._rows for number in row):
-            raise ScgptError("the loss is not a finite number any more",
-                             fix="start a new run with a lower optimizer.lr; the checkpoints are from before")
         return self._rows
 
     def row(self, world: World, waited_s: float) -> dict[str, float]:
@@ -261,7 +263,7 @@ class Window:
         """
         rows = self.reduced(world)
         n_units = len(self._objective.units)
-        totals = [sum(column) for column in zip(*rows, strict=True)] or [0.0] * (n_units + len(self._objective.names))
+        totals = [sum(column) for column in zip(*rows, strict=True)]
         means = self._objective.means(totals[n_units:], totals[:n_units])
         elapsed_s, steps = time.perf_counter() - self._started, max(1, self._steps)
         row = {**means, "lr": self._lr, "cells_per_s": self._cells / elapsed_s,

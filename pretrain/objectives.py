@@ -166,6 +166,8 @@ class LossSums:
     def scaled(self, *, counts: Sequence[int], copies: int) -> Tensor:
         """This micro-batch's part of the step's loss, () float32, times what DeepSpeed will divide by.
 
+        Where a sum is not finite, so is no gradient: who looks at the gradient alone, on whatever rank, learns of it.
+
         Args:
             counts: of the global batch, in the order of `Objective.units`.
             copies: ranks x accumulation.
@@ -175,7 +177,8 @@ class LossSums:
             sums = [self.objective.weights[name] * value for name, value in self.terms.items() if _UNITS[name] == unit]
             if sums:
                 parts.append(torch.stack(sums).sum() * (copies / max(1, count)))
-        return torch.stack(parts).sum()
+        is_finite = torch.stack([*self.terms.values(), self.mre]).detach().isfinite().all()
+        return torch.stack(parts).sum() * torch.where(is_finite, 1.0, torch.nan)
 
     def detached(self) -> Tensor:
         """(len(names),) float64 in the order of `Objective.names`; 0 for a term that this step does not have."""

@@ -12,7 +12,6 @@ from pretrain.config import TrainConfig
 from pretrain.corpus import Corpus
 from pretrain.data import Loader
 from scgpt.collate import PackedBatch
-from scgpt.data.schema import source_hash
 from scgpt.errors import ConfigError
 
 
@@ -52,25 +51,20 @@ def peek(config: TrainConfig, step: int, *, world_size: int = 1) -> Peek:
                           fix="give --step from 0 and --world-size from 1")
     config.batch.accumulation(world_size)
     corpus = Corpus.open(config)
-    names = {source_hash(source.name): source.name for manifest in corpus.manifests for source in manifest.sources}
     cells = tuple(sorted(cell for rank in range(world_size)
                          for batch in Loader.of_run(config, corpus, rank=rank,
                                                     world_size=world_size).load(step).micro_batches
-                         for cell in _cells(batch, names)))
+                         for cell in _cells(batch, corpus)))
     digest = hashlib.sha256("".join(f"{cell.cell_id} {cell.sha256}\n" for cell in cells).encode()).hexdigest()
     return Peek(step, world_size, digest, cells)
 
 
-def _cells(batch: PackedBatch, names: dict[int, str]) -> list[PeekedCell]:
+def _cells(batch: PackedBatch, corpus: Corpus) -> list[PeekedCell]:
     arrays = (batch.gene_ids, batch.values, batch.targets, batch.target_mask)
     found = []
     for i, cell_id in enumerate(batch.cell_ids.tolist()):
         tokens = slice(int(batch.cu_seqlens[i]), int(batch.cu_seqlens[i + 1]))
         digest = hashlib.sha256(b"".join(np.ascontiguousarray(array[tokens]).tobytes() for array in arrays))
-        found.append(PeekedCell(cell_id, digest.hexdigest(), _name(cell_id >> 32, names), cell_id & 0xFFFFFFFF,
+        found.append(PeekedCell(cell_id, digest.hexdigest(), corpus.sources_of([cell_id])[0], cell_id & 0xFFFFFFFF,
                                 tokens.stop - tokens.start, int(batch.target_mask[tokens].sum())))
     return found
-
-
-def _name(source: int, names: dict[int, str]) -> str:
-    return names.get(source, f"unknown source {source:08x}")

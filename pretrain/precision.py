@@ -1,4 +1,5 @@
 """Half precision under DeepSpeed: which one a device trains in, and faults of DeepSpeed's, mended from outside."""
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,3 +47,14 @@ def grow_scale_after_update(optimizer: Any) -> None:
         return result
 
     optimizer._update_scale, optimizer.step = only_shrink, step_then_grow
+
+
+def outlast_smallest_scale(optimizer: Any) -> None:
+    """Do not let DeepSpeed (ZeRO 1 to 3) raise where float16 overflows at the smallest scale: the loop counts these."""
+    if hasattr(optimizer, "loss_scaler"):
+        optimizer.loss_scaler.raise_error_at_min_scale = False
+
+
+def can_scale_down(optimizer: Any, settings: Mapping[str, Any]) -> bool:
+    """Whether the loss scale is found by trial and can still go down; `settings`: "fp16" of DeepSpeed's JSON."""
+    return bool(settings["loss_scale"] == 0 and optimizer.loss_scale > settings["min_loss_scale"])

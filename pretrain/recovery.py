@@ -1,15 +1,25 @@
-"""How a run ends early and begins again: signals, time limit, a launcher that is gone, orphans of the last start."""
+"""How a run survives: signals, time limit, a launcher that is gone, orphans of the last start, steps without an update.
+
+A step whose loss or gradient is not finite changes no weight on any rank (pretrain.engine). After too many in a row the
+run goes back to the weights of an earlier checkpoint and on with the next global batch: those between are skipped, for
+with them the same would happen again. All of it follows from checkpoints, configuration and RunState alone, so a run
+that is killed in the middle repeats it.
+"""
 import contextlib
 import fcntl
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from pretrain.world import World
+from scgpt.collate import PackedBatch
 from scgpt.errors import CheckpointError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -133,3 +143,58 @@ def _refuse(folder: Path) -> None:
     holders = ", ".join(f"process {_holder(path)} ({path.name})" for path in sorted(folder.glob("rank-*")))
     raise CheckpointError(f"the run is in use: {holders}", where=str(folder.parent),
                           fix="end those processes with `kill`, or wait for them, or give another --out")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What was not finite in a step, over all ranks."""
+
+    terms: tuple[str, ...]      # of the loss; none: the gradient alone
+    cell_ids: tuple[int, ...]   # of the micro-batches with such a loss; of the whole global batch where there is none
+
+    @classmethod
+    def of(cls, names: Sequence[str], batches: Sequence[PackedBatch], sums: Sequence[torch.Tensor],
+           world: World) -> "Fault":
+        """All ranks call it, after the step.
+
+        Args:
+            names: (names,) of the sums.
+            batches: this rank's micro-batches.
+            sums: one a micro-batch, (names,).
+            world: whose ranks are asked.
+        """
+        bad = [~part.isfinite().cpu() for part in sums]
+        terms = [name for number, name in enumerate(names) if any(part[number] for part in bad)]
+        guilty = [batch for batch, part in zip(batches, bad, strict=True) if part.any()]
+        told = world.gather((terms, _cells_of(guilty)))
+        if not any(cells for _, cells in told):
+            told = world.gather((terms, _cells_of(batches)))
+        found = {term for terms, _ in told for term in terms}
+        cell_ids = sorted(cell for _, cells in told for cell in cells)
+        return cls(tuple(name for name in names if name in found), tuple(cell_ids))
+
+    def __str__(self) -> str:
+        return ", ".join(self.terms or ("gradient",))
+
+
+def _cells_of(batches: Sequence[PackedBatch]) -> list[int]:
+    return [cell for batch in batches for cell in batch.cell_ids.tolist()]
+
+
+def rollback_targets(saved: Sequence[int], *, last_update: int, rollbacks: Sequence[Sequence[int]],
+                     save_every: int) -> list[int]:
+    """Which checkpoints a run may go back to, the first one first.
+
+    Weights that were saved right before the trouble may be its cause: a checkpoint counts where an update after it was
+    finite. What lies between an earlier roll-back's checkpoint and its end led to trouble once; where that roll-back
+    brought no update, its checkpoint did too.
+
+    Args:
+        saved: steps of the checkpoints.
+        last_update: the last step whose loss and gradient were finite, or that ended with a roll-back.
+        rollbacks: the earlier ones, [checkpoint, steps done then].
+        save_every: checkpoints at its multiples, and those of roll-backs, come first: an undisturbed run has them too.
+    """
+    ends = {end for _, end in rollbacks}
+    fit = [step for step in saved if step < last_update and not any(begin <= step < end for begin, end in rollbacks)]
+    return sorted(fit, key=lambda step: (step % save_every == 0 or step in ends, step), reverse=True)

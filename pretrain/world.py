@@ -20,6 +20,7 @@ from scgpt.errors import EXIT_FAILED, ConfigError, ScgptError, explain
 
 T = TypeVar("T")
 _LOCAL_SIZE = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")   # deepspeed, torchrun, Slurm
+_PEER_LOST = ("gloo", "nccl", "connection reset", "connection closed", "timed out", "socket")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3   # of malloc.h
 
 
@@ -33,6 +34,11 @@ class RankZeroError(ScgptError):
     def __init__(self, exit_code: int) -> None:
         super().__init__("rank 0 failed")
         self.exit_code = exit_code
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone or hung: torch has no class of its own for it."""
+    return any(word in str(error).lower() for word in _PEER_LOST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,12 @@ class World:
         values: list[Any] = [None] * self.world_size
         distributed.all_gather_object(values, value)
         return values
+
+
+def limit_collectives(timeout_s: float) -> None:
+    """Let collectives of every group end after `timeout_s`: those that DeepSpeed makes would wait half an hour."""
+    for group in list(distributed.distributed_c10d._world.pg_map):
+        distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 @contextmanager

@@ -27,8 +27,11 @@ def first_weights(config: TrainConfig, *, rounded: bool = False) -> torch.nn.Mod
     return (model.bfloat16() if rounded else model).double()
 
 
-def plain_loop(config: TrainConfig, steps: int, *, rounded: bool = False) -> dict[str, Tensors]:
-    """{"weights" after the steps, "gradients" of the last one before clipping, "first" weights}."""
+def plain_loop(config: TrainConfig, steps: int, *, rounded: bool = False) -> dict[str, Any]:
+    """{"weights" after the steps, "gradients" of the last one before clipping, "first" weights, number of "updates"}.
+
+    A step whose loss no float32 holds is left out.
+    """
     corpus, model = Corpus.open(config), first_weights(config, rounded=rounded)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, eps=config.optimizer.eps,
                                   betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay)
@@ -36,13 +39,17 @@ def plain_loop(config: TrainConfig, steps: int, *, rounded: bool = False) -> dic
                     global_batch_size=config.batch.global_batch_size, micro_batch_size=config.batch.global_batch_size,
                     workers=0, labels=corpus.train_labels)
     first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    updates = 0
     for step in range(steps):
         (packed,) = loader.load(step).micro_batches
         padded = {name: torch.from_numpy(array) for name, array in packed.padded(corpus.vocab[PAD], -2).items()}
         padded |= {name: torch.from_numpy(labels).long() for name in ("class_labels", "batch_labels")
                    if (labels := getattr(packed, name)) is not None}
         optimizer.zero_grad()
-        loss_of(model, padded, config, step).backward()
+        loss = loss_of(model, padded, config, step)
+        if not loss.float().isfinite():
+            continue
+        loss.backward()
         for parameter in model.parameters():   # a part that is not trained still decays
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -50,7 +57,8 @@ def plain_loop(config: TrainConfig, steps: int, *, rounded: bool = False) -> dic
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step + 1, lr=config.optimizer.lr, schedule=config.schedule, total_steps=steps)
         optimizer.step()
-    return {"weights": dict(model.state_dict()), "gradients": gradients, "first": first}
+        updates += 1
+    return {"weights": dict(model.state_dict()), "gradients": gradients, "first": first, "updates": updates}
 
 
 def loss_of(model: torch.nn.Module, padded: Tensors, config: TrainConfig, step: int) -> torch.Tensor:

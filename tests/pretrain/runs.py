@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,11 @@ def launched(*words: str, ranks: int) -> list[str]:
 
 def start(corpus: Path, out: Path, *settings: str, ranks: int = 1) -> "subprocess.Popen[str]":
     """Begin, or continue, a training in a process group of its own."""
-    return _start(command(corpus, out, settings, ranks))
+    return begin(command(corpus, out, settings, ranks))
 
 
-def _start(words: list[str]) -> "subprocess.Popen[str]":
+def begin(words: list[str]) -> "subprocess.Popen[str]":
+    """Start a program in a process group of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT),
                                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -78,7 +80,7 @@ def _start(words: list[str]) -> "subprocess.Popen[str]":
 
 def program(path: Path, *words: str, ranks: int, within_s: float = 500) -> tuple[int, str]:
     """Run a program of the tests on `ranks` ranks; exit code and stderr."""
-    process = _start(launched(str(path), *words, ranks=ranks))
+    process = begin(launched(str(path), *words, ranks=ranks))
     try:
         _, errors = process.communicate(timeout=within_s)
     except subprocess.TimeoutExpired:
@@ -110,11 +112,32 @@ def train(corpus: Path, out: Path, *settings: str, ranks: int = 1) -> tuple[int,
     return process.returncode, errors
 
 
+def train_here(corpus: Path, out: Path, *settings: str) -> int:
+    """Train on one rank in this process; the exit code. Raises ScgptError. Many short runs cost one import."""
+    from pretrain import loop
+    from pretrain.config import TrainConfig
+    from scgpt.config import load_config
+
+    words = [f"data.corpus={corpus}", *SETTINGS, *settings]
+    with warnings.catch_warnings():   # torch's and DeepSpeed's own
+        warnings.simplefilter("ignore")
+        return loop.train(load_config(TrainConfig, "demo", words, kind="pretrain"), out)
+
+
 def wait_for_step(process: "subprocess.Popen[str]", out: Path, step: int, *, within_s: float = 120) -> None:
     deadline = time.monotonic() + within_s
     while not any(row["step"] >= step for row in read_rows(out / "metrics.jsonl")):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, "no such step in time"
+        time.sleep(0.01)
+
+
+def wait_for_start(process: "subprocess.Popen[str]", out: Path, number: int, *, within_s: float = 120) -> None:
+    """Until a run was begun or continued that many times: RUN/ranks names the processes of this start."""
+    deadline = time.monotonic() + within_s
+    while sum(event in {"start", "resume"} for event in events(out)) < number:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "no such start in time"
         time.sleep(0.01)
 
 

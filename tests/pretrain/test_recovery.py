@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from pretrain.recovery import Interruption, hold_rank
+from pretrain.recovery import Interruption, hold_rank, rollback_targets
 from pretrain.world import World, join_world
 from scgpt.errors import CheckpointError
 
@@ -97,3 +97,16 @@ def test_the_time_limit_asks_to_stop():
         assert interruption.reason is None
         time.sleep(0.06)
         assert interruption.reason == "train.max_time_s is over"
+
+
+@pytest.mark.parametrize(("saved", "last_update", "rollbacks", "expected"), [
+    ([10, 20, 30], 33, [], [30, 20, 10]),
+    ([10, 20, 30], 30, [], [20, 10]),               # what was saved right before the trouble may be its cause
+    ([10, 20, 27, 28], 29, [], [20, 10, 28, 27]),   # others are of interruptions: an uninterrupted run has none there
+    ([10, 20, 30, 34], 37, [[20, 34]], [34, 10]),   # 34 has the weights of 20, and an update after them was finite
+    ([10, 20, 30, 34], 34, [[20, 34]], [10]),       # none was: 20 is no better
+    ([10, 14], 14, [[10, 14]], []),
+    ([], 5, [], []),
+])
+def test_a_run_goes_back_to_the_newest_weights_that_did_not_lead_to_trouble(saved, last_update, rollbacks, expected):
+    assert rollback_targets(saved, last_update=last_update, rollbacks=rollbacks, save_every=10) == expected

@@ -1,56 +1,33 @@
 """A Ray cluster of two hosts: two network namespaces with a cable between them, started as a user would."""
 import json
-import os
 import secrets
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from scgpt.data import verify_corpus
 from tests.data_pipeline.atlases import ROOT, build_here, bytes_of, random_counts, write_h5ad
+from tests.system.hosts import FIRST, SECOND, Hosts, can_make_namespaces, two_hosts
 
 RAY = Path(sys.executable).with_name("ray")
-FIRST, SECOND, PORT = "10.77.0.1", "10.77.0.2", 6399   # of this cable only: no other run sees them
+PORT = 6399
 N_SOURCES = 10
-
-
-def can_make_namespaces() -> bool:
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        return False
-    name = f"scgpt-probe-{secrets.token_hex(3)}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode == 0
-    if made:
-        subprocess.run(["ip", "netns", "del", name], check=True)
-    return made
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.system,
               pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2 and network namespaces")]
 
 
-@dataclass
-class Cluster:
-    """Two hosts that share a disk; what lies in `private` is another folder on the second."""
-
-    folder: Path          # short: Ray's sockets lie below it
-    names: tuple[str, str]
-    environment: dict[str, str]
+class Cluster(Hosts):
+    """Hosts with Ray; what lies in `private` is another folder on the second."""
 
     @property
     def private(self) -> Path:
         return self.folder / "private"
-
-    def command(self, host: int, *words: str) -> list[str]:
-        return ["ip", "netns", "exec", self.names[host], *words]
 
     def start_ray(self, host: int) -> None:
         options = [f"--node-ip-address={(FIRST, SECOND)[host]}", "--num-cpus=1", "--num-gpus=0",
@@ -69,10 +46,6 @@ class Cluster:
         return subprocess.Popen(self.command(0, *words), env={**self.environment, **environment}, cwd=ROOT, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-    def processes(self, host: int) -> list[int]:
-        found = subprocess.run(["ip", "netns", "pids", self.names[host]], capture_output=True, text=True, check=False)
-        return [int(word) for word in found.stdout.split()]
-
     def at_work(self, host: int) -> bool:
         """Whether a task of a build is running on a host."""
         for process in self.processes(host):
@@ -83,53 +56,20 @@ class Cluster:
                 continue
         return False
 
-    def kill(self, host: int) -> None:
-        deadline = time.monotonic() + 20
-        while (left := self.processes(host)) and time.monotonic() < deadline:
-            for process in left:
-                try:
-                    os.kill(process, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            time.sleep(0.05)
-        assert not left
-
-
-def cable(names: tuple[str, str], cleanup: ExitStack) -> None:
-    """Two network namespaces, an `eth0` in each."""
-    for name in names:
-        subprocess.run(["ip", "netns", "add", name], check=True)
-        cleanup.callback(subprocess.run, ["ip", "netns", "del", name], check=True)
-    subprocess.run(["ip", "-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns",
-                    names[1]], check=True)
-    for name, address in zip(names, (FIRST, SECOND), strict=True):
-        subprocess.run(["ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0"], check=True)
-        for link in ("lo", "eth0"):
-            subprocess.run(["ip", "-n", name, "link", "set", link, "up"], check=True)
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    word = secrets.token_hex(3)
-    with ExitStack() as cleanup:
-        folder = Path(tempfile.mkdtemp(prefix="h-", dir="/tmp"))
-        cleanup.callback(shutil.rmtree, folder)
-        for name in ("private", "home"):
-            (folder / name).mkdir()
-        for i in range(N_SOURCES):
-            write_h5ad(folder / f"atlas{i}.h5ad", random_counts(i, 1500, 400, 0.1))
-        (folder / "corpus.yaml").write_text("sources: ['atlas*.h5ad']\ncells: {min_genes: 10}\nsplits: {valid: 0.2}\n"
-                                            "shards: {max_bytes: 512KiB}\n")
-        names = (f"scgpt-a-{word}", f"scgpt-b-{word}")
-        environment = {**os.environ, "HOME": str(folder / "home"), "TMPDIR": str(folder), "PYTHONPATH": str(ROOT),
-                       "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    with two_hosts() as made:
+        hosts = Cluster(made.folder, made.names, made.environment | {
+            "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"})
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-            environment.pop(name, None)
-        cable(names, cleanup)
-        hosts = Cluster(folder, names, environment)
-        cleanup.callback(hosts.kill, 0)
-        cleanup.callback(hosts.kill, 1)
-        subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+            hosts.environment.pop(name, None)
+        hosts.private.mkdir()
+        for i in range(N_SOURCES):
+            write_h5ad(hosts.folder / f"atlas{i}.h5ad", random_counts(i, 1500, 400, 0.1))
+        (hosts.folder / "corpus.yaml").write_text("sources: ['atlas*.h5ad']\ncells: {min_genes: 10}\n"
+                                                  "splits: {valid: 0.2}\nshards: {max_bytes: 512KiB}\n")
+        subprocess.run([RAY, "get-auth-token", "--generate"], env=hosts.environment, check=True, capture_output=True)
         hosts.start_ray(0)
         hosts.start_ray(1)
         yield hosts

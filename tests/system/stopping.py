@@ -38,7 +38,7 @@ if __name__ == "__main__":
     if place == "step":
         Engine._sums = stopping(Engine._sums)
     elif place == "checkpoint":
-        checkpoint.digest = stopping(checkpoint.digest)
+        checkpoint._durable_sums = stopping(checkpoint._durable_sums)
     else:
         HeldOut.loss = stopping(HeldOut.loss)
     Engine.train = counting(Engine.train)

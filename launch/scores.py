@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launch.embed import OBSM_KEY, SOURCE_NAME, embed_blocks, make_embedder
-from launch.neighbours import NEIGHBOURS, knn_accuracy, principal_components
+from pretrain.neighbours import NEIGHBOURS, knn_accuracy, principal_components
 from launch.pictures import draw_embeddings, draw_loss
 from scgpt.vocab import GeneVocab
 

@@ -42,7 +42,10 @@ class RunState:
     tokens_seen: int = 0
     best_step: int | None = None        # of the lowest validation loss
     best_loss: float | None = None      # its loss_expression
+    patience_loss: float | None = None  # loss_expression that the next validation must undercut to improve
+    n_not_improved: int = 0             # validations since the last one that improved
     gene_mean_loss: float | None = None # validation loss of predicting each gene's mean
+    probe_pca: float | None = None      # accuracy of principal components on the cells of the probe
     last_valid: dict[str, float] | None = None   # the newest validation, and its step
     window: list[list[float]] = field(default_factory=list)   # loss sums of each step since the last train row
     skipped_in_row: int = 0             # of the newest steps: those without an update, see pretrain/recovery.py

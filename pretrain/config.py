@@ -21,8 +21,9 @@ Positive = Annotated[float, Field(gt=0.0)]
 # what is kept and shown, how a global batch is cut up; not which cells a step trains on.
 MAY_DIFFER = ("train.max_steps", "train.max_epochs", "train.max_tokens", "train.max_time_s", "train.log_every",
               "train.eval_every", "train.save_every", "train.keep_last", "train.recompute", "train.compile",
-              "train.deterministic", "train.precision", "train.max_skipped_steps", "train.max_rollbacks", "data.corpus",
-              "data.workers", "batch.micro_batch_size", "deepspeed.", "tracking.")
+              "train.deterministic", "train.precision", "train.max_skipped_steps", "train.max_rollbacks",
+              "train.patience", "train.min_improvement", "train.peak_tflops", "train.probe_every", "train.probe_cells",
+              "data.corpus", "data.workers", "batch.micro_batch_size", "deepspeed.", "tracking.")
 
 
 class MixtureConfig(Config):
@@ -151,6 +152,11 @@ class RunConfig(Config):
     keep_last: PositiveInt = 3             # newest checkpoints kept, besides the best
     max_skipped_steps: NonNegativeInt = 3  # in a row, for a loss or gradient that is not finite; one more rolls back
     max_rollbacks: NonNegativeInt = 5      # of the whole run; where one more is needed, the run fails
+    probe_every: NonNegativeInt = 0        # steps between two embedding probes, which need data.class_column; 0: none
+    probe_cells: Annotated[int, Field(ge=16)] = 2000   # held-out cells of a probe at most
+    patience: PositiveInt | None = None    # validations without improvement after which the run ends; null: never
+    min_improvement: NonNegative = 0.0     # by which loss_expression must fall below its lowest to count for patience
+    peak_tflops: Positive | None = None    # dense TFLOP/s of a device, for MFU; null: by data sheet, see estimate.py
 
     @model_validator(mode="after")
     def _ends(self) -> "RunConfig":
@@ -216,6 +222,12 @@ class TrainConfig(Config):
                "set model.input_emb_style=continuous, or objective.task=pcpt")
         yield (generative and model.cell_emb_style == "w-pool", "generation tokens have no value to weigh by",
                "set model.cell_emb_style=cls, or objective.task=pcpt")
+        probed = self.train.probe_every > 0
+        yield (probed and (self.data.class_column is None or self.data.valid_split is None),
+               "train.probe_every needs held-out cells of known class", "set data.class_column and data.valid_split")
+        yield (probed and generator, "a generator has no cell embedding to probe", "set train.probe_every=0")
+        yield (self.train.patience is not None and self.data.valid_split is None, "train.patience needs validations",
+               "set data.valid_split, or train.patience=null")
         yield (objective.mvc and not model.mvc, "objective.mvc needs the model's MVC decoder",
                "set model.mvc=true, or objective.mvc=false")
         yield (weights.cls > 0 and (model.n_cls < 2 or self.data.class_column is None),

@@ -28,6 +28,7 @@ from pretrain.precision import (
     resolve_precision,
     undo_first_update,
 )
+from pretrain.stopwatch import BACKWARD, FORWARD, OPTIMIZER, Stopwatch
 from pretrain.world import World, limit_collectives
 from scgpt.errors import ConfigError
 from scgpt.rng import GOLDEN, PURPOSE_DROPOUT, PURPOSE_WEIGHTS, stream
@@ -168,6 +169,7 @@ class Engine:
         self._buffers_before: list[Tensor] = []   # of this step: a skipped one leaves no trace in them either
         self._norm, self.applied = float("nan"), True
         self.objective, self.seed, self.world = Objective.of(config), config.train.seed, world
+        self.stopwatch = Stopwatch(world.device)
         self._copies = world.world_size * config.batch.accumulation(world.world_size)
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         if config.model.input_emb_style == "category":
@@ -188,14 +190,17 @@ class Engine:
         """
         torch.manual_seed(_seed(self.seed, step, micro_batch, PURPOSE_DROPOUT))
         self._buffers_before = self._buffers_before or [buffer.clone() for buffer in self._buffers]
-        sums = self._sums(batch, step)
-        loss = sums.scaled(counts=counts, copies=self._copies)
+        with self.stopwatch.part(FORWARD):
+            sums = self._sums(batch, step)
+            loss = sums.scaled(counts=counts, copies=self._copies)
         if self._scales_loss:   # DeepSpeed divides by the scale, but multiplies with it from ZeRO 1 on only
             loss = loss * self.deepspeed.optimizer.loss_scale
-        self.deepspeed.backward(loss)
+        with self.stopwatch.part(BACKWARD):
+            self.deepspeed.backward(loss)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        self._update()
+        with self.stopwatch.part(OPTIMIZER):
+            self._update()
         return sums.detached()
 
     @torch.no_grad()
@@ -242,6 +247,16 @@ class Engine:
             self.deepspeed.train()
 
     @torch.no_grad()
+    def embed(self, batch: BatchTensors) -> Tensor:
+        """Cell embeddings of one micro-batch in evaluation mode, (cells, d_model) float64; nothing is decoded."""
+        self.deepspeed.eval()
+        try:
+            output = self.objective.embed(self.deepspeed, self._cast(batch))
+        finally:
+            self.deepspeed.train()
+        return output.double()
+
+    @torch.no_grad()
     def average_statistics(self) -> None:
         """Give every rank the mean of the ranks' batch-norm statistics. All ranks call it; free without batch norm."""
         for buffer in self.deepspeed.module.buffers():
@@ -249,8 +264,10 @@ class Engine:
                 buffer.copy_(self.world.sum(buffer.float()) / self.world.world_size)
 
     def _sums(self, batch: BatchTensors, step: int | None) -> LossSums:
-        inputs = replace(batch.inputs, values=batch.inputs.values.to(self._dtype))
-        return self.objective.sums(self.deepspeed, replace(batch, inputs=inputs), step=step)
+        return self.objective.sums(self.deepspeed, self._cast(batch), step=step)
+
+    def _cast(self, batch: BatchTensors) -> BatchTensors:
+        return replace(batch, inputs=replace(batch.inputs, values=batch.inputs.values.to(self._dtype)))
 
     @property
     def zero_stage(self) -> int:

@@ -44,7 +44,8 @@ def read_labels(config: TrainConfig, splits: Sequence[Split]) -> tuple[list[Labe
     batches: Sequence[NDArray[np.int32] | None] = [None] * len(splits)
     if data.class_column is not None:
         classes, named[data.class_column] = number(splits, data.class_column)
-        _check_room(named[data.class_column], data.class_column, "model.n_cls", model.n_cls)
+        if config.objective.weights.cls > 0:   # without it, only the probe looks at classes
+            _check_room(named[data.class_column], data.class_column, "model.n_cls", model.n_cls)
     if data.batch_column is not None:
         batches, named[data.batch_column] = codes, values = number(splits, data.batch_column)
         unknown = sum(int(np.count_nonzero(part < 0)) for part in codes)

@@ -9,17 +9,21 @@ from typing import Any
 import torch
 
 from pretrain import checkpoint
-from pretrain.config import TrainConfig
+from pretrain.checkpoint import RunState
+from pretrain.config import RunConfig, TrainConfig
 from pretrain.corpus import Corpus
 from pretrain.data import GlobalStep, Loader, to_tensors
 from pretrain.engine import Engine
+from pretrain.estimate import Flops, device_peak_tflops
 from pretrain.evaluation import HeldOut
 from pretrain.metrics import Window
 from pretrain.prefetch import Prefetch
+from pretrain.probe import Probe
 from pretrain.recovery import Fault, Interruption, rollback_targets
 from pretrain.run_directory import CONFIG, DEEPSPEED, OpenRun, open_run
 from pretrain.schedule import learning_rate
 from pretrain.starting_point import begin_from
+from pretrain.stopwatch import TO_DEVICE
 from pretrain.world import RankError, World, is_lost_peer, join_world
 from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED, CheckpointError
 from scgpt.files import write_bytes, write_json
@@ -36,9 +40,9 @@ def train(config: TrainConfig, out: Path) -> int:
         world = stack.enter_context(join_world(timeout_s=config.deepspeed.timeout_s))
         stack.enter_context(_lost_peers_are_told())
         run = stack.enter_context(open_run(config, out, corpus, world))
-        if run.state.step >= run.total_steps:
+        if run.state.step >= run.total_steps or has_stalled(run.state, config.train):
             run.log.event("already_finished", f"the run is finished: {run.state.step} of {run.total_steps} steps are "
-                                              "done; a higher limit continues it")
+                                              "done; a higher limit or train.patience continues it")
             return EXIT_DONE
         return Training(config, corpus, run, world, interruption).run()
 
@@ -55,6 +59,11 @@ def _lost_peers_are_told() -> Iterator[None]:
                         fix="see what it said; the same command continues from the last checkpoint") from error
 
 
+def has_stalled(state: RunState, settings: RunConfig) -> bool:
+    """Whether `train.patience` validations in a row have not improved."""
+    return settings.patience is not None and state.n_not_improved >= settings.patience
+
+
 class Training:
     """One start of a run: from its last checkpoint to its end, or to an interruption."""
 
@@ -66,7 +75,10 @@ class Training:
         self.loader = Loader.of_run(config, corpus, rank=world.rank, world_size=world.world_size)
         self.held_out = (HeldOut(corpus.valid, config, corpus.vocab, world, corpus.valid_labels)
                          if corpus.valid is not None else None)
-        self.window = Window(self.state.window, self.engine.objective)
+        self.probe = Probe.of(corpus, config, world)
+        self.flops = Flops(config.model, self.engine.objective)
+        self.window = Window(self.state.window, self.engine.objective, config.train.peak_tflops
+                             or device_peak_tflops(world.device, self.engine.precision))
         changed: list[str] = []
         if self.state.step:
             changed = checkpoint.load(self.engine, self.checkpoints, self.state, world)
@@ -91,6 +103,8 @@ class Training:
             self.state.gene_mean_loss = self.held_out.gene_mean_loss(self.corpus.train, len(self.corpus.vocab))
             self.log.event("gene_mean", loss_gene_mean=self.state.gene_mean_loss)
             self._validate()
+        if self.probe is not None:
+            self._look_at_embeddings(self.probe)
 
     def run(self) -> int:
         """Train to the end of the run (exit code 0), or until a signal or the time limit (75, after a checkpoint)."""
@@ -103,6 +117,13 @@ class Training:
                     self._tell(steps)
                 if self.state.step % settings.eval_every == 0 or done:
                     self._validate()
+                if self.probe is not None and (self.state.step % settings.probe_every == 0 or done):
+                    self._look_at_embeddings(self.probe)
+                if has_stalled(self.state, settings) and not done:
+                    done = True
+                    self.log.event("stopped_early", f"stopped early: {self.state.n_not_improved} validations in a row "
+                                                    "did not improve", step=self.state.step,
+                                   best_step=self.state.best_step, best_loss=self.state.best_loss)
                 improved = self.state.best_step == self.state.step
                 went_back = any(end == self.state.step for _, end in self.state.rollbacks)
                 if self.state.step % settings.save_every == 0 or improved or went_back or stop or done:
@@ -121,12 +142,16 @@ class Training:
         """One optimizer step; whether any rank asks to stop after it."""
         asks = self.interruption.reason is not None
         counts = self.engine.objective.counts(step.micro_batches, step=self.state.step)
-        *counts, n_tokens, n_asking = self.world.sum(torch.tensor([*counts, step.n_tokens, asks])).tolist()
+        flops = self.flops.of_step(step.micro_batches, step=self.state.step)
+        *counts, n_tokens, flops, n_asking = self.world.sum(
+            torch.tensor([*counts, step.n_tokens, flops, asks])).tolist()
         lr = learning_rate(self.state.step + 1, lr=self.config.optimizer.lr, schedule=self.config.schedule,
                            total_steps=self.total_steps)
-        sums = [self.engine.train(to_tensors(batch, self.world.device), step=self.state.step, micro_batch=number,
-                                  counts=counts, lr=lr)
-                for number, batch in zip(step.numbers, step.micro_batches, strict=True)]
+        sums = []
+        for number, batch in zip(step.numbers, step.micro_batches, strict=True):
+            with self.engine.stopwatch.part(TO_DEVICE):
+                tensors = to_tensors(batch, self.world.device)
+            sums.append(self.engine.train(tensors, step=self.state.step, micro_batch=number, counts=counts, lr=lr))
         self.state.step += 1
         self.state.cells_seen += step.n_cells
         self.state.tokens_seen += n_tokens
@@ -134,7 +159,8 @@ class Training:
             self.state.skipped_in_row = 0
         elif self._skip(Fault.of(self.engine.objective.names, step.micro_batches, sums, self.world)):
             return bool(n_asking)
-        self.window.add(torch.stack(sums).sum(0), counts=counts, n_cells=step.n_cells, n_tokens=n_tokens, lr=lr)
+        self.window.add(torch.stack(sums).sum(0), counts=counts, n_cells=step.n_cells, n_tokens=n_tokens,
+                        flops=flops, lr=lr)
         return bool(n_asking)
 
     def _skip(self, fault: Fault) -> bool:
@@ -181,7 +207,7 @@ class Training:
 
     def _tell(self, steps: Prefetch[GlobalStep]) -> None:
         """Write the means since the last row."""
-        row = self.window.row(self.world, steps.wait_s)
+        row = self.window.row(self.world, steps.wait_s, self.engine.stopwatch.take())
         epochs = self.corpus.order.epochs(self.state.cells_seen)
         self.log.row({"step": self.state.step, "split": "train", **row, "grad_norm": self.engine.grad_norm,
                       "cells_seen": self.state.cells_seen, "tokens_seen": self.state.tokens_seen,
@@ -199,10 +225,31 @@ class Training:
         best = math.inf if self.state.best_loss is None else self.state.best_loss
         if self.state.step and means["loss_expression"] < best:
             self.state.best_loss, self.state.best_step = means["loss_expression"], self.state.step
+        self._note_improvement(means["loss_expression"])
         seconds = time.perf_counter() - started
         self.window.exclude(seconds)
         self.log.row({"step": self.state.step, "split": self.config.data.valid_split, **means,
                       "loss_gene_mean": self.state.gene_mean_loss, "eval_s": seconds})
+
+    def _look_at_embeddings(self, probe: Probe) -> None:
+        """Measure how well cells' neighbours share their class."""
+        started = time.perf_counter()
+        self.engine.average_statistics()
+        if self.state.probe_pca is None:
+            self.state.probe_pca = probe.baseline()
+        accuracy = probe.accuracy(self.engine)
+        seconds = time.perf_counter() - started
+        self.window.exclude(seconds)
+        self.log.row({"step": self.state.step, "split": "probe", **probe.facts(), "knn_accuracy": accuracy,
+                      "knn_accuracy_pca": self.state.probe_pca, "eval_s": seconds})
+
+    def _note_improvement(self, loss: float) -> None:
+        """What `train.patience` counts."""
+        state, least = self.state, self.config.train.min_improvement
+        if state.patience_loss is None or loss < state.patience_loss - least:
+            state.patience_loss, state.n_not_improved = loss, 0
+        else:
+            state.n_not_improved += 1
 
     def _save(self) -> None:
         started = time.perf_counter()

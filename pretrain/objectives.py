@@ -124,6 +124,10 @@ class Objective:
             mre = relative_error_sum(output["mlm_output"].detach().float(), targets)[0]
         return LossSums(self, terms, mre)
 
+    def embed(self, model: Model, batch: "BatchTensors") -> Tensor:
+        """Cell embeddings (cells, d_model) of a micro-batch that hides nothing."""
+        return model(self._inputs(batch), positions=batch.positions)["cell_emb"]
+
     def _inputs(self, batch: "BatchTensors") -> "PackedTensors":
         inputs = batch.inputs
         if self.labels_for_model:

@@ -13,8 +13,9 @@ from pretrain import checkpoint
 from pretrain.checkpoint import RunState
 from pretrain.config import TrainConfig, differences
 from pretrain.corpus import Corpus
-from pretrain.metrics import RunLog, say
+from pretrain.metrics import RunLog
 from pretrain.precision import resolve_precision
+from pretrain.progress import say
 from pretrain.recovery import hold_rank
 from pretrain.world import World
 from scgpt.config import load_config

@@ -21,7 +21,9 @@ from scgpt.files import sha256
 from tests.scgpt.data.cells import random_cells, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMINGS = {"cells_per_s", "tokens_per_s", "step_time_s", "data_wait_s", "eval_s"}
+TIMINGS = {"cells_per_s", "tokens_per_s", "tflops_per_s", "mfu", "step_time_s", "step_time_p50_s", "step_time_p95_s",
+           "data_wait_s", "to_device_s", "forward_s", "backward_s", "optimizer_s", "memory_bytes", "slowest_rank",
+           "slowest_rank_ratio", "eval_s"}
 MODEL = ("model.n_layers=2", "model.d_model=16", "model.n_heads=2", "model.d_hid=16", "objective.context_length=32")
 SETTINGS = (*MODEL, "batch.global_batch_size=8", "batch.micro_batch_size=2", "schedule.warmup_steps=3",
             "train.log_every=5", "train.eval_every=50", "train.save_every=20", "tracking.wandb=disabled",

@@ -169,3 +169,25 @@ def test_a_directory_with_something_else_is_refused(corpus, tmp_path):
     assert code == 2
     assert "the output directory holds something else: notes.txt" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_patience_ends_a_run_with_0_and_counts_on_after_a_resume(corpus, tmp_path):
+    """Nothing improves by a million, so the first validation, at step 0, is the one that counts."""
+    settings = ("train.max_steps=200", "train.eval_every=10", "train.patience=3", "train.min_improvement=1e6")
+    outs = [tmp_path / "whole", tmp_path / "parts"]
+    code, errors = runs.train(corpus, outs[0], *settings)
+    assert code == 0, errors
+    assert "stopped early: 3 validations in a row did not improve" in errors
+    code, errors = runs.train(corpus, outs[1], *settings[1:], "train.max_steps=20")   # two of the three validations
+    assert code == 0, errors
+    code, errors = runs.train(corpus, outs[1], *settings)
+    assert code == 0, errors
+    for out in outs:
+        assert steps_of(out / "checkpoints")[-1] == 30
+        assert runs.events(out)[-3:] == ["stopped_early", "checkpoint", "finished"]
+    code, errors = runs.train(corpus, outs[0], *settings)
+    assert code == 0
+    assert "the run is finished: 30 of 200 steps are done; a higher limit or train.patience continues it" in errors
+    code, errors = runs.train(corpus, outs[0], *settings[:2], "train.max_steps=35", "train.patience=null")
+    assert code == 0, errors
+    assert steps_of(outs[0] / "checkpoints")[-1] == 35

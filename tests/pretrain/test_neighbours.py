@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from launch.neighbours import knn_accuracy, principal_components
+from pretrain.neighbours import knn_accuracy, principal_components
 
 
 def slow_accuracy(points: np.ndarray, labels: np.ndarray, neighbours: int) -> float:
@@ -42,3 +42,12 @@ def test_components_span_what_a_singular_value_decomposition_finds():
 def test_a_cell_without_counts_has_finite_components():
     counts = sparse.csr_matrix(np.vstack([np.zeros(5), np.eye(5)]))
     assert np.isfinite(principal_components(counts, components=3)).all()
+
+
+def test_components_are_those_of_the_centred_matrix():
+    """Up to sign, as a singular value decomposition of all values gives them."""
+    counts = sparse.random(12, 40, density=0.3, format="csr", random_state=0, data_rvs=lambda n: np.arange(1.0, n + 1))
+    values = np.log1p(counts.toarray() * (1e4 / counts.sum(1).A1)[:, None])
+    left, scale, _ = np.linalg.svd(values - values.mean(0), full_matrices=False)
+    found = principal_components(counts, components=4)
+    np.testing.assert_allclose(np.abs(found), np.abs(left[:, :4] * scale[:4]), rtol=1e-6, atol=1e-6)

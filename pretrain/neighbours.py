@@ -1,4 +1,4 @@
-"""How well nearby cells share a cell type: the score of an embedding, and of plain PCA on the same cells."""
+"""How well nearby cells share a class: the score of an embedding, and of plain PCA on the same cells."""
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
@@ -32,9 +32,11 @@ def principal_components(counts: sparse.csr_matrix, *, components: int = 50) -> 
     than a singular value decomposition of the values.
     """
     totals = np.maximum(np.asarray(counts.sum(1), np.float64).ravel(), 1)
-    values = np.log1p((sparse.diags(1e4 / totals) @ counts).toarray())
-    values -= values.mean(0)
-    squared, rotated = np.linalg.eigh(values @ values.T)   # ascending
+    values = (sparse.diags(1e4 / totals) @ counts).log1p()
+    products = np.asarray((values @ values.T).todense(), np.float64)   # the genes stay sparse
+    means = products.mean(0)
+    products += means.mean() - means - means[:, None]                  # as if the genes had been centred
+    squared, rotated = np.linalg.eigh(products)   # ascending
     scale = np.sqrt(np.maximum(squared[::-1], 0))
     found: NDArray[np.float64] = rotated[:, ::-1][:, :components] * scale[:components]
     return found

@@ -1,0 +1,103 @@
+"""Weights & Biases: the rows of a run in its dashboard, kept below RUN/wandb, all starts of a run under one id.
+
+A tracker may fail: that is told once, and the run goes on.
+"""
+import logging
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import TrainConfig
+from scgpt.files import remove, write_bytes
+
+_DIRS = ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
+RUN_ID = "run-id.txt"
+
+
+class Tracker:
+    """The run's W&B run; does nothing where tracking is disabled or cannot start.
+
+    Args:
+        run: the run directory.
+        config: of the run.
+        failed: is told in one sentence what went wrong.
+    """
+
+    def __init__(self, run: Path, config: TrainConfig, failed: Callable[[str], None]) -> None:
+        self._failed = failed
+        self._run = self._start(run, config)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics.jsonl: train rows under their own names, others under SPLIT/."""
+        prefix = "" if row["split"] == "train" else f"{row['split']}/"
+        tracked = {f"{prefix}{key}": value for key, value in row.items()
+                   if key not in ("step", "split") and value is not None}
+        self._call(lambda run: run.log(tracked, step=row["step"]))
+
+    def finish(self) -> None:
+        """Hand over what is left."""
+        self._call(lambda run: run.finish())
+
+    def _call(self, call: Callable[[Any], None]) -> None:
+        """Call the tracker's run, where there is one; the first failure is told and ends the tracking, not the run."""
+        if self._run is None:
+            return
+        try:
+            call(self._run)
+        except Exception as error:  # noqa: BLE001 whatever the tracker raises
+            self._run = None
+            with suppress(OSError):
+                self._failed(f"wandb failed ({str(error).splitlines()[0] if str(error) else error!r}): the run goes on "
+                             "without it; metrics.jsonl holds all")
+
+    def _start(self, run: Path, config: TrainConfig) -> Any:
+        if config.tracking.wandb == "disabled":
+            return None
+        folder = (run / "wandb").resolve()
+        folder.mkdir(exist_ok=True)
+        for name in _DIRS:
+            os.environ.setdefault(name, str(folder if name != "WANDB_DIR" else run.resolve()))
+        os.environ.setdefault("WANDB_SILENT", "true")
+        logging.raiseExceptions = False   # wandb's own log on a full disk: no traceback for every line
+        for left in folder.glob("tmp*wandb-*"):   # of a start that was killed
+            remove(left)
+        with _temporary_files_in(folder):
+            return self._init(run, config, run_id(folder))
+
+    def _init(self, run: Path, config: TrainConfig, identity: str) -> Any:
+        try:
+            import wandb
+        except ImportError:
+            self._failed("wandb is not installed: the run is not tracked; metrics.jsonl holds all")
+            return None
+        for mode in dict.fromkeys((config.tracking.wandb, "offline")):
+            try:
+                return wandb.init(project=config.tracking.project, name=run.resolve().name, mode=mode, id=identity,
+                                  resume="allow" if mode == "online" else None,   # offline, `wandb sync` joins them
+                                  dir=run.resolve(), config=config.model_dump(mode="json"), allow_val_change=True,
+                                  settings=wandb.Settings(init_timeout=30, console="off", x_disable_stats=True))
+            except (wandb.Error, OSError) as error:
+                self._failed(f"wandb ({mode}) cannot start: {str(error).splitlines()[0]}")
+        return None
+
+
+def run_id(folder: Path) -> str:
+    """The id under which every start of this run is tracked: made once, kept in the folder."""
+    path = folder / RUN_ID
+    if not path.is_file():
+        write_bytes(path, f"{secrets.token_hex(4)}\n".encode())
+    return path.read_text(encoding="utf-8").strip()
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """wandb makes temporary folders when it is imported, and leaves them when it is killed: not in the system's."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before

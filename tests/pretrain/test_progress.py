@@ -1,0 +1,57 @@
+import os
+import pty
+import re
+import sys
+
+import pytest
+
+from pretrain.progress import Bar, Lines, describe, progress
+
+TRAIN = {"step": 5, "split": "train", "loss": 1.234, "lr": 1e-3, "grad_norm": 2.0, "cells_per_s": 1234.5,
+         "tokens_per_s": 1e6, "mfu": None, "step_time_s": 2.0}
+VALID = {"step": 5, "split": "valid", "loss_expression": 1.5, "loss_gene_mean": 2.5}
+PROBE = {"step": 5, "split": "probe", "column": "cell_type", "neighbours": 15, "knn_accuracy": 0.75,
+         "knn_accuracy_pca": 0.5}
+
+
+def test_a_line_of_the_log_says_step_loss_speed_and_time_left():
+    assert describe(TRAIN, 10) == ("step 5/10  loss 1.23  lr 1.00e-03  grad 2.00  1,234 cells/s  1,000,000 tokens/s  "
+                                   "0:00:10 left")
+    assert "tokens/s  MFU 41.5%  0" in describe(TRAIN | {"mfu": 0.4149}, 10)
+    assert describe(VALID, 10) == "step 5/10  valid: loss_expression 1.50 (predicting each gene's mean: 2.50)"
+    assert describe(PROBE, 10) == "step 5/10  probe: 15-NN accuracy of cell_type 0.750 (PCA: 0.500)"
+
+
+def show(shown: Bar | Lines) -> None:
+    shown.say("training 10 steps [on 1 rank]")
+    for row in (TRAIN, VALID, TRAIN | {"step": 10}):
+        shown.row(row)
+    shown.close()
+
+
+def test_elsewhere_than_on_a_terminal_each_row_is_one_plain_line(capsys):
+    show(progress(10))
+    rows = [describe(row, 10) for row in (TRAIN, VALID, TRAIN | {"step": 10})]
+    assert capsys.readouterr().err.splitlines() == ["training 10 steps [on 1 rank]", *rows]
+
+
+def test_on_a_terminal_there_is_a_bar_with_lines_above_it(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        shown = progress(10)
+        assert isinstance(shown, Bar)
+        show(shown)
+        text = os.read(master, 1 << 16).decode()
+    os.close(master)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert "training 10 steps [on 1 rank]" in plain
+    assert "valid: loss_expression 1.50" in plain
+    assert re.search(r"10/10\s+loss 1.23 .* 0:00:00 left", plain)
+
+
+@pytest.mark.parametrize("step", [0, 10])
+def test_a_run_that_was_continued_is_not_taken_for_a_fast_one(step):
+    assert describe(TRAIN | {"step": step}, 10).endswith(f"0:00:{(10 - step) * 2:02d} left")

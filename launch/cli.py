@@ -174,7 +174,7 @@ def train(args: argparse.Namespace) -> Answer:
         return Answer(text, json.loads(text))
     if args.out is None:
         raise ConfigError("there is no run directory", where="command line", fix="give --out RUN")
-    code = train_run(config, args.out)
+    code = train_run(config, args.out, profile=args.profile)
     rows = read_rows(args.out / METRICS)
     return Answer(str(args.out), {"run": str(args.out), "last": rows[-1] if rows else None}, code)
 
@@ -274,6 +274,7 @@ def build_parser() -> argparse.ArgumentParser:
     _config(cmd)
     _out(cmd, "run directory; an interrupted run is continued", required=False)
     cmd.add_argument("--print-deepspeed-config", action="store_true", help="print what DeepSpeed is given, and stop")
+    cmd.add_argument("--profile", action="store_true", help="trace a few steps into RUN/profile, for ui.perfetto.dev")
     cmd = add("export", export, "checkpoint to release", "scgpt export run --out release --step best")
     cmd.add_argument("run_dir", metavar="RUN", type=Path)
     _out(cmd, "folder of the release")

@@ -2,7 +2,7 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,17 @@ from pretrain.run_directory import CONFIG, DEEPSPEED, OpenRun, open_run
 from pretrain.schedule import learning_rate
 from pretrain.starting_point import begin_from
 from pretrain.stopwatch import TO_DEVICE
+from pretrain.tracing import TRACES, traced
 from pretrain.world import RankError, World, is_lost_peer, join_world
 from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED, CheckpointError
 from scgpt.files import write_bytes, write_json
 
 
-def train(config: TrainConfig, out: Path) -> int:
+def train(config: TrainConfig, out: Path, *, profile: bool = False) -> int:
     """Train, or continue training, in run directory `out`; the exit code (0 done, 75 interrupted with a checkpoint).
 
-    Every rank calls it with the same arguments. Raises ScgptError.
+    With `profile` rank 0 leaves a trace of a few steps there, see `traced`. Every rank calls it with the same
+    arguments. Raises ScgptError.
     """
     with ExitStack() as stack:
         corpus = Corpus.open(config)
@@ -44,7 +46,7 @@ def train(config: TrainConfig, out: Path) -> int:
             run.log.event("already_finished", f"the run is finished: {run.state.step} of {run.total_steps} steps are "
                                               "done; a higher limit or train.patience continues it")
             return EXIT_DONE
-        return Training(config, corpus, run, world, interruption).run()
+        return Training(config, corpus, run, world, interruption).run(profile=profile)
 
 
 @contextmanager
@@ -106,11 +108,11 @@ class Training:
         if self.probe is not None:
             self._look_at_embeddings(self.probe)
 
-    def run(self) -> int:
+    def run(self, *, profile: bool = False) -> int:
         """Train to the end of the run (exit code 0), or until a signal or the time limit (75, after a checkpoint)."""
         settings = self.config.train
-        with self.loader.batches(self.state.step) as steps:
-            for step in steps:
+        with self.loader.batches(self.state.step) as steps, self._traced(steps, profile=profile) as handed_out:
+            for step in handed_out:
                 stop = self._learn(step)
                 done = self.state.step == self.total_steps
                 if (self.state.step % settings.log_every == 0 or done) and not self.window.is_empty:
@@ -137,6 +139,13 @@ class Training:
                                                   "the same command continues", step=self.state.step, reason=reason)
                     return EXIT_INTERRUPTED
         raise AssertionError("the loader of a training is endless")
+
+    def _traced(self, steps: Iterator[GlobalStep], *, profile: bool) -> AbstractContextManager[Iterator[GlobalStep]]:
+        if not (profile and self.world.is_first):
+            return nullcontext(steps)
+        return closing(traced(steps, self.checkpoints.parent / TRACES, first_step=self.state.step + 1,
+                              device=self.world.device, tell=lambda path: self.log.event(
+                                  "profiled", f"a trace is in {path}", step=self.state.step)))
 
     def _learn(self, step: GlobalStep) -> bool:
         """One optimizer step; whether any rank asks to stop after it."""

@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings on top of it")
     parser.add_argument("--out", type=_path, metavar="RUN", help="run directory; an interrupted run is continued")
     parser.add_argument("--print-deepspeed-config", action="store_true", help="print what DeepSpeed is given, and stop")
+    parser.add_argument("--profile", action="store_true", help="trace a few steps into RUN/profile")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)   # the launcher's; LOCAL_RANK says the same
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(argv)
@@ -71,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError("there is no run directory", where="command line", fix="give --out RUN")
     from pretrain.loop import train
 
-    return train(config, args.out)
+    return train(config, args.out, profile=args.profile)
 
 
 if __name__ == "__main__":

@@ -191,3 +191,13 @@ def test_patience_ends_a_run_with_0_and_counts_on_after_a_resume(corpus, tmp_pat
     code, errors = runs.train(corpus, outs[0], *settings[:2], "train.max_steps=35", "train.patience=null")
     assert code == 0, errors
     assert steps_of(outs[0] / "checkpoints")[-1] == 35
+
+
+def test_a_profile_is_written_and_changes_no_number(corpus, tmp_path):
+    for name in ("plain", "--profile"):
+        words = [word for word in (name,) if word.startswith("--")]
+        code, errors = runs.train(corpus, tmp_path / name, "train.max_steps=8", *SETTINGS[1:], *words)
+        assert code == 0, errors
+    assert_same_run(tmp_path / "plain", tmp_path / "--profile")
+    assert [path.name for path in (tmp_path / "--profile" / "profile").iterdir()] == ["step-00000004-00000006.json.gz"]
+    assert not (tmp_path / "plain" / "profile").exists()

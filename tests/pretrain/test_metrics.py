@@ -8,7 +8,6 @@ import torch
 from pretrain.metrics import JsonLines, Window, read_rows
 from pretrain.objectives import Objective
 from pretrain.world import join_world
-from scgpt.config import load_config
 from scgpt.errors import CheckpointError
 
 OBJECTIVE = Objective({"loss_expression": 1.0, "loss_mvc": 1.0})

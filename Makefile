@@ -8,12 +8,13 @@
 #   make bench       the demo's stages, timed                             make gpu-check   training and release on a GPU
 #   make bench-data  h5ad to corpus, beside other tools
 #   make bench-loader  batches from disk, beside plain NumPy              make bench-model  a step, packed beside padded
+#   make bench-train  the training loop, beside a bare step
 #   make install     .venv with everything                                make clean       remove out/ and caches
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format bench bench-data bench-loader bench-model gpu-check clean
+.PHONY: help install demo test test-slow check format bench bench-data bench-loader bench-model bench-train gpu-check clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -53,7 +54,7 @@ PRIVATE = export HOME="$(CACHE)/home" XDG_CONFIG_HOME="$(CACHE)/config"; mkdir -
 	TMPDIR="$$(mktemp -d "$${TMPDIR:-/tmp}/scgpt-XXXXXX")"; export TMPDIR; trap 'rm -rf "$$TMPDIR"' EXIT;
 
 help:
-	@sed -n '5,11s/^# //p' Makefile
+	@sed -n '5,12s/^# //p' Makefile
 
 install: $(STAMP)
 
@@ -92,6 +93,9 @@ bench-loader: install
 
 bench-model: install
 	@$(PRIVATE) $(PY) benchmarks/model.py $(ARGS)
+
+bench-train: install
+	@$(PRIVATE) export PYTHONPATH="$(CURDIR)"; $(PY) benchmarks/train.py $(ARGS)
 
 gpu-check: install
 	@$(PRIVATE) $(PY) -m launch.demo --gpu $(ARGS)

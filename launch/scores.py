@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launch.embed import OBSM_KEY, SOURCE_NAME, embed_blocks, make_embedder
-from pretrain.neighbours import NEIGHBOURS, knn_accuracy, principal_components
 from launch.pictures import draw_embeddings, draw_loss
+from pretrain.neighbours import NEIGHBOURS, knn_accuracy, principal_components
 from scgpt.vocab import GeneVocab
 
 

@@ -6,12 +6,13 @@ from scipy import sparse
 NEIGHBOURS = 15
 
 
-def knn_accuracy(points: NDArray[np.floating], labels: NDArray[np.str_], *, neighbours: int = NEIGHBOURS) -> float:
+def knn_accuracy(points: NDArray[np.floating], labels: NDArray[np.str_] | NDArray[np.int32], *,
+                 neighbours: int = NEIGHBOURS) -> float:
     """Share of cells whose label wins the vote of their nearest other cells (Euclidean; a tie goes to the first label).
 
     Args:
         points: (cells, dimensions) coordinates; on rows of length 1 the neighbours are those by cosine.
-        labels: (cells,) the known types.
+        labels: (cells,) the known types, by name or number.
         neighbours: cells that vote.
     """
     types, codes = np.unique(labels, return_inverse=True)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from pretrain.config import TrainConfig
 from pretrain.corpus import Corpus
-from pretrain.data import Cells, to_tensors
+from pretrain.data import to_tensors
+from pretrain.draw import Cells
 from pretrain.engine import Engine
 from pretrain.evaluation import EVALUATION_SEED
 from pretrain.labels import Labels
@@ -53,7 +54,8 @@ class Probe:
                               fix="set it to 0, or give another data.class_column or data.valid_split")
         n_cells = min(len(known), config.train.probe_cells)
         chosen = known[np.linspace(0, len(known) - 1, n_cells).astype(np.int64)]
-        return cls(corpus.valid, chosen, classes[chosen], corpus.valid_labels, config, corpus.vocab[CLS], len(corpus.vocab), world)
+        return cls(corpus.valid, chosen, classes[chosen], corpus.valid_labels, config, corpus.vocab[CLS],
+                   len(corpus.vocab), world)
 
     def accuracy(self, engine: Engine) -> float:
         """Of the embeddings, by cosine. All ranks call it, all get the same."""
@@ -70,7 +72,7 @@ class Probe:
         return {"column": self.config.data.class_column, "cells": len(self.chosen), "neighbours": NEIGHBOURS}
 
     def _embeddings(self, engine: Engine) -> NDArray[np.float64]:
-        """(cells, d_model). Every rank runs equally often, for ZeRO 3: the last micro-batch again where none is left."""
+        """(cells, d_model). For ZeRO 3 every rank runs equally often: the last micro-batch again where none is left."""
         size, world_size = self.config.batch.micro_batch_size, self.world.world_size
         table = np.zeros((len(self.chosen), self.config.model.d_model))
         n_micro = -(-len(self.chosen) // size)

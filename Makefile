@@ -95,7 +95,7 @@ bench-model: install
 	@$(PRIVATE) $(PY) benchmarks/model.py $(ARGS)
 
 bench-train: install
-	@$(PRIVATE) export PYTHONPATH="$(CURDIR)"; $(PY) benchmarks/train.py $(ARGS)
+	@$(PRIVATE) $(PY) benchmarks/train.py $(ARGS)
 
 gpu-check: install
 	@$(PRIVATE) $(PY) -m launch.demo --gpu $(ARGS)

@@ -22,8 +22,8 @@ Positive = Annotated[float, Field(gt=0.0)]
 MAY_DIFFER = ("train.max_steps", "train.max_epochs", "train.max_tokens", "train.max_time_s", "train.log_every",
               "train.eval_every", "train.save_every", "train.keep_last", "train.recompute", "train.compile",
               "train.deterministic", "train.precision", "train.max_skipped_steps", "train.max_rollbacks",
-              "train.patience", "train.min_improvement", "train.peak_tflops", "train.probe_every", "train.probe_cells",
-              "data.corpus", "data.workers", "batch.micro_batch_size", "deepspeed.", "tracking.")
+              "train.patience", "train.min_improvement", "train.peak_tflops", "train.probe_every", "data.corpus",
+              "data.workers", "batch.micro_batch_size", "deepspeed.", "tracking.")
 
 
 class MixtureConfig(Config):

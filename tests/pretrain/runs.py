@@ -110,7 +110,7 @@ def gate(folder: Path, *cases: tuple[str, ...], ranks: int, steps: int) -> list[
 def train(corpus: Path, out: Path, *settings: str, ranks: int = 1) -> tuple[int, str]:
     """Train to the end; exit code and stderr."""
     process = start(corpus, out, *settings, ranks=ranks)
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=500)
     return process.returncode, errors
 
 

@@ -37,7 +37,8 @@ class Cluster(Hosts):
             "DS_ENV_FILE": str(self.folder / "deepspeed_env"), "PYTHONPATH": str(runs.ROOT), "OMP_NUM_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PDSH_SSH_ARGS_APPEND": f"-F none -i {self.folder}/key -o StrictHostKeyChecking=no -o LogLevel=ERROR "
-                                    f"-o UserKnownHostsFile={self.folder}/known_hosts"}
+                                    f"-o UserKnownHostsFile={self.folder}/known_hosts "
+                                    "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"}
 
     def start_sshd(self, host: int) -> None:
         assert SSHD is not None

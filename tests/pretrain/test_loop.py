@@ -1,6 +1,7 @@
 """Whole trainings, killed, interrupted and continued; real processes."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -150,8 +151,7 @@ def test_the_loss_curve_is_the_same_on_one_and_two_ranks(uninterrupted, corpus, 
 
 @pytest.mark.parametrize(("settings", "ranks", "code", "says"), [
     (("optimizer.lr=0.1",), 1, 2, "optimizer.lr: 0.003 -> 0.1"),
-    (("train.max_steps=999",), 2, 1, "ranks 1, this start has 2"),
-    (("train.max_steps=999", "deepspeed.zero_stage=1"), 1, 1, "deepspeed.zero_stage 2, this start has 1"),
+    (("train.max_steps=999", "batch.micro_batch_size=3"), 1, 2, "set batch.micro_batch_size=2"),
 ])
 def test_what_cannot_be_continued_is_refused_in_one_sentence(corpus, uninterrupted, settings, ranks, code, says):
     before = json.dumps(sorted(map(str, (uninterrupted[1] / "checkpoints").rglob("*"))))
@@ -161,6 +161,17 @@ def test_what_cannot_be_continued_is_refused_in_one_sentence(corpus, uninterrupt
     assert "Traceback" not in errors
     assert sum(line.startswith("error: ") for line in errors.splitlines()) == 1
     assert json.dumps(sorted(map(str, (uninterrupted[1] / "checkpoints").rglob("*")))) == before
+
+
+def test_a_run_goes_on_on_more_ranks_and_in_another_stage_and_says_so(corpus, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[1], tmp_path / "run")
+    before = runs.state_of(tmp_path / "run")["step"]
+    code, errors = runs.train(corpus, tmp_path / "run", *SETTINGS, f"train.max_steps={before + 2}",
+                              "deepspeed.zero_stage=3", "batch.micro_batch_size=1", ranks=2)
+    assert code == 0, errors
+    assert f"continuing from step {before} of {before + 2}; ranks 1 -> 2; deepspeed.zero_stage 2 -> 3" in errors
+    state = runs.state_of(tmp_path / "run")
+    assert (state["step"], state["world_size"], state["zero_stage"]) == (before + 2, 2, 3)
 
 
 def test_a_directory_with_something_else_is_refused(corpus, tmp_path):

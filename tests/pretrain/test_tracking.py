@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from pretrain.config import TrainConfig
@@ -50,6 +52,7 @@ def test_offline_each_start_keeps_the_rows_of_metrics_jsonl_under_one_id(tmp_pat
         tracker.log({"step": start, "split": "train", "loss": start + 0.25, "mfu": None})
         tracker.log({"step": start, "split": "valid", "loss": 2.5})
         tracker.finish()
+        time.sleep(1.1)   # the folder of a start is named by its second
     assert not told
     identity = run_id(tmp_path / "wandb")
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))

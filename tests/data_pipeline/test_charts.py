@@ -1,3 +1,5 @@
+import itertools
+import operator
 import re
 
 import numpy as np
@@ -10,10 +12,10 @@ from data_pipeline.charts import bar, histogram
 RECT = re.compile(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"/>')
 
 
-@given(st.lists(st.floats(1e-3, 1e6), min_size=2, max_size=30, unique=True), st.data())
-def test_areas_are_as_the_cells(edges: list[float], data: st.DataObject) -> None:
-    edges = sorted(edges)
-    cells = data.draw(st.lists(st.integers(0, 1000), min_size=len(edges) - 1, max_size=len(edges) - 1))
+@given(st.floats(1e-3, 1e3), st.lists(st.tuples(st.floats(1.01, 10), st.integers(0, 1000)), min_size=1, max_size=30))
+def test_areas_are_as_the_cells(first: float, bins: list[tuple[float, int]]) -> None:
+    edges = [*itertools.accumulate((growth for growth, _ in bins), operator.mul, initial=first)]
+    cells = [count for _, count in bins]
     drawn = histogram(edges, cells, mark=edges[0], label="x")
     rects = np.array([[float(number) for number in rect] for rect in RECT.findall(drawn)]).reshape(-1, 4)
     filled = [place for place, count in enumerate(cells) if count]

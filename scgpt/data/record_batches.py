@@ -160,13 +160,8 @@ class BatchShards:
         loaded = self._load(group)
         genes, expressions, offsets, ids = (np.array([getattr(one, name) for one in loaded], np.uint64)
                                             for name in ("genes", "expressions", "offsets", "ids"))
-        numbers, rows = np.searchsorted(group, batches[chosen]), rows[chosen]
-        starts, stops = found.offsets[:-1][chosen], found.offsets[1:][chosen]
-        gather.lists_at(genes, offsets, numbers, rows, starts, stops, found.genes)
-        gather.lists_at(expressions, offsets, numbers, rows, starts, stops, found.expressions)
-        some = np.empty(len(chosen), np.uint64)
-        gather.items(ids, numbers, rows, some)
-        found.columns[CELL_ID][chosen] = some
+        gather.cells(genes, expressions, ids, offsets, np.searchsorted(group, batches[chosen]), rows[chosen], chosen,
+                     found.genes, found.expressions, found.offsets, found.columns[CELL_ID])
 
     def _copy_cells(self, found: RaggedBatch, chosen: NDArray[np.int64], batches: NDArray[np.int64],
                     rows: NDArray[np.int64]) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.data import without_ray, write_cells
 from pretrain.config import TrainConfig
 from pretrain.corpus import Corpus
-from pretrain.data import BatchTensors, GlobalStep, Loader, to_tensors
+from pretrain.data import BatchTensors, GlobalStep, Loader
 from pretrain.engine import Engine
 from pretrain.loop import Training
 from pretrain.metrics import METRICS, read_rows
@@ -80,7 +80,7 @@ class Turns:
         """Seconds of forward, backward and update alone."""
         engine = self._engine
         counts = engine.objective.counts(step.micro_batches, step=step.step)
-        tensors: list[BatchTensors] = [to_tensors(batch, engine.world.device) for batch in step.micro_batches]
+        tensors: list[BatchTensors] = [batch.to(engine.world.device) for batch in step.tensors]
         begun = time.perf_counter()
         for batch in tensors:
             sums = engine.objective.sums(engine.deepspeed, batch, step=step.step)

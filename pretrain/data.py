@@ -1,11 +1,12 @@
 """Loader: order -> partition -> fetch -> collate -> tensors. Its state is one integer, the step.
 
 Every rank computes which cells make the global batch and how they fall into micro-batches (indices and lengths only),
-and reads and collates those of its own.
+and reads and collates those of its own. All of it, pinning included, is done by the threads that prepare steps ahead:
+what is left to the thread that trains is to start the copy to its GPU.
 """
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +39,7 @@ class GlobalStep:
     micro_batches: list[PackedBatch]  # one a forward pass, in the order of `numbers`
     n_cells: int                      # cells of the global batch, over all ranks
     n_micro: int                      # micro-batches of the global batch, over all ranks
+    tensors: list["BatchTensors"] = field(default_factory=list)   # of each, still on the host; none without a device
 
     @property
     def n_targets(self) -> int:
@@ -66,6 +68,7 @@ class Loader:
         labels: classes and batches of all cells, which the micro-batches carry along.
         one_domain: a micro-batch holds cells of one batch (`labels.batches`); then `order` draws groups of that size.
         evaluation: one pass in stored order, with the draws of epoch 0, instead of endless shuffled epochs.
+        device: where the batches will go, which steps then hold tensors for; None: no tensors are made.
 
     Raises ConfigError when the sizes do not fit each other.
     """
@@ -73,7 +76,7 @@ class Loader:
     def __init__(self, cells: Cells, collate_config: CollateConfig, *, cls_id: int, seed: int, global_batch_size: int,
                  micro_batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 2,
                  order: Order | None = None, labels: Labels = NO_LABELS, one_domain: bool = False,
-                 evaluation: bool = False) -> None:
+                 evaluation: bool = False, device: "torch.device | None" = None) -> None:
         share = micro_batch_size * world_size
         if not evaluation and global_batch_size % share:
             raise ConfigError(f"batch.global_batch_size {global_batch_size} is no multiple of batch.micro_batch_size "
@@ -84,14 +87,16 @@ class Loader:
         self.rank, self.world_size, self.workers = rank, world_size, workers
         self.order = None if evaluation else order or order_of(cells, seed=seed)
         self.labels, self.one_domain, self.evaluation = labels, one_domain, evaluation
+        self.device = device
 
     @classmethod
-    def of_run(cls, config: "TrainConfig", corpus: "Corpus", *, rank: int, world_size: int) -> "Loader":
+    def of_run(cls, config: "TrainConfig", corpus: "Corpus", *, rank: int, world_size: int,
+               device: "torch.device | None" = None) -> "Loader":
         """The loader of a rank of a training."""
         return cls(corpus.train, config.collate_config(corpus.vocab), cls_id=corpus.vocab[CLS], seed=config.train.seed,
                    global_batch_size=config.batch.global_batch_size, micro_batch_size=config.batch.micro_batch_size,
                    rank=rank, world_size=world_size, workers=config.data.workers, order=corpus.order,
-                   labels=corpus.train_labels, one_domain=config.data.one_domain_batches)
+                   labels=corpus.train_labels, one_domain=config.data.one_domain_batches, device=device)
 
     @property
     def n_steps(self) -> int:
@@ -110,8 +115,9 @@ class Loader:
         lengths = self.collate_config.n_tokens(self.cells.lengths_of(indices))
         dealt = self._dealt(indices, lengths)
         numbers = of_rank(len(dealt), self.rank, self.world_size)
-        return GlobalStep(step, numbers, [self._collate(indices[dealt[j]], epochs[dealt[j]]) for j in numbers],
-                          len(indices), len(dealt))
+        batches = [self._collate(indices[dealt[j]], epochs[dealt[j]]) for j in numbers]
+        tensors = [] if self.device is None else [host_tensors(batch, self.device) for batch in batches]
+        return GlobalStep(step, numbers, batches, len(indices), len(dealt), tensors)
 
     def _order(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if self.order is None:
@@ -131,20 +137,30 @@ class Loader:
 
 @dataclass(frozen=True, slots=True)
 class BatchTensors:
-    """A PackedBatch on a device."""
+    """A PackedBatch as tensors. Ids and labels are int32 while they are pinned on the host, int64 wherever they go."""
 
     inputs: "PackedTensors"
     targets: "torch.Tensor"      # (tokens,) float32
     target_mask: "torch.Tensor"  # (tokens,) bool
     positions: "torch.Tensor"    # (targets,) int64: the tokens where target_mask is True, ascending
-    class_labels: "torch.Tensor | None" = None   # (cells,) int64, -1: unknown
-    batch_labels: "torch.Tensor | None" = None   # (cells,) int64
+    class_labels: "torch.Tensor | None" = None   # (cells,) -1: unknown
+    batch_labels: "torch.Tensor | None" = None   # (cells,)
+
+    def to(self, device: "torch.device | str") -> "BatchTensors":
+        """The batch on `device`; from pinned memory without waiting. What is there already is shared."""
+        inputs = self.inputs.to(device, non_blocking=True)
+        targets, target_mask, positions = (tensor.to(device, non_blocking=True)
+                                           for tensor in (self.targets, self.target_mask, self.positions))
+        class_labels, batch_labels = (None if tensor is None else tensor.to(device, non_blocking=True).long()
+                                      for tensor in (self.class_labels, self.batch_labels))
+        return BatchTensors(replace(inputs, gene_ids=inputs.gene_ids.long()), targets, target_mask, positions,
+                            class_labels, batch_labels)
 
 
-def to_tensors(batch: PackedBatch, device: "torch.device | str") -> BatchTensors:
-    """Copy a batch to `device`; to a GPU through pinned memory, without waiting. On a CPU most arrays are shared.
+def host_tensors(batch: PackedBatch, device: "torch.device | str") -> BatchTensors:
+    """A batch on the host, ready to go to `device`: pinned where that is a GPU, else most arrays are shared.
 
-    `positions` is computed on the host, where it costs no synchronisation.
+    `positions` is computed here, where it costs no synchronisation. Any thread may call it.
     """
     import torch
 
@@ -152,18 +168,23 @@ def to_tensors(batch: PackedBatch, device: "torch.device | str") -> BatchTensors
 
     on_gpu = torch.device(device).type == "cuda"
 
-    def moved(array: NDArray[np.generic]) -> torch.Tensor:
+    def host(array: NDArray[np.generic]) -> torch.Tensor:
         tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
+        return tensor.pin_memory() if on_gpu else tensor
 
-    def labels(array: NDArray[np.int32] | None) -> torch.Tensor | None:
-        return None if array is None else moved(array).long()
+    def ids(array: NDArray[np.int32]) -> torch.Tensor:   # to a GPU they go as they are, half the bytes
+        return host(array) if on_gpu else host(array).long()
 
-    inputs = PackedTensors(moved(batch.gene_ids).long(), moved(batch.values), moved(batch.cu_seqlens), batch.max_seqlen)
+    inputs = PackedTensors(ids(batch.gene_ids), host(batch.values), host(batch.cu_seqlens), batch.max_seqlen)
     if batch.perception_lengths is not None:
-        inputs = replace(inputs, cu_perception=moved(offsets_of(batch.perception_lengths).astype(np.int32)),
+        inputs = replace(inputs, cu_perception=host(offsets_of(batch.perception_lengths).astype(np.int32)),
                          max_perception=int(batch.perception_lengths.max(initial=0)),
-                         perception_index=moved(np.flatnonzero(~batch.target_mask)))
-    return BatchTensors(inputs, moved(batch.targets), moved(batch.target_mask),
-                        moved(np.flatnonzero(batch.target_mask)), labels(batch.class_labels),
-                        labels(batch.batch_labels))
+                         perception_index=host(np.flatnonzero(~batch.target_mask)))
+    return BatchTensors(inputs, host(batch.targets), host(batch.target_mask), host(np.flatnonzero(batch.target_mask)),
+                        *(None if labels is None else ids(labels) for labels in (batch.class_labels,
+                                                                                 batch.batch_labels)))
+
+
+def to_tensors(batch: PackedBatch, device: "torch.device | str") -> BatchTensors:
+    """A batch on `device`, at once: for whoever prepares nothing ahead."""
+    return host_tensors(batch, device).to(device)

@@ -12,7 +12,7 @@ from pretrain import checkpoint
 from pretrain.checkpoint import RunState
 from pretrain.config import RunConfig, TrainConfig
 from pretrain.corpus import Corpus
-from pretrain.data import GlobalStep, Loader, to_tensors
+from pretrain.data import GlobalStep, Loader
 from pretrain.engine import Engine
 from pretrain.estimate import Flops, device_peak_tflops
 from pretrain.evaluation import HeldOut
@@ -74,7 +74,7 @@ class Training:
         self.config, self.corpus, self.world, self.interruption = config, corpus, world, interruption
         self.state, self.log, self.total_steps, self.checkpoints = run.state, run.log, run.total_steps, run.checkpoints
         self.engine = Engine(config, corpus.vocab, world)
-        self.loader = Loader.of_run(config, corpus, rank=world.rank, world_size=world.world_size)
+        self.loader = Loader.of_run(config, corpus, rank=world.rank, world_size=world.world_size, device=world.device)
         self.held_out = (HeldOut(corpus.valid, config, corpus.vocab, world, corpus.valid_labels)
                          if corpus.valid is not None else None)
         self.probe = Probe.of(corpus, config, world)
@@ -157,9 +157,9 @@ class Training:
         lr = learning_rate(self.state.step + 1, lr=self.config.optimizer.lr, schedule=self.config.schedule,
                            total_steps=self.total_steps)
         sums = []
-        for number, batch in zip(step.numbers, step.micro_batches, strict=True):
+        for number, on_host in zip(step.numbers, step.tensors, strict=True):
             with self.engine.stopwatch.part(TO_DEVICE):
-                tensors = to_tensors(batch, self.world.device)
+                tensors = on_host.to(self.world.device)
             sums.append(self.engine.train(tensors, step=self.state.step, micro_batch=number, counts=counts, lr=lr))
         self.state.step += 1
         self.state.cells_seen += step.n_cells

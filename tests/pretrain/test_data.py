@@ -1,11 +1,13 @@
 import dataclasses
 import hashlib
+import threading
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain import data
 from pretrain.config import TrainConfig
 from pretrain.data import Loader
 from pretrain.draw import order_of
@@ -234,3 +236,46 @@ def test_tensors_hold_the_batch(device):
         assert tensor.device.type == device
         np.testing.assert_array_equal(tensor.cpu().numpy(), array)
     assert tensors.inputs.max_seqlen == batch.max_seqlen
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_threads_that_prepare_steps_make_the_tensors_too(device, monkeypatch):
+    torch = pytest.importorskip("torch")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    threads, make = set(), data.host_tensors
+
+    def noted(*arguments):
+        threads.add(threading.current_thread())
+        return make(*arguments)
+
+    monkeypatch.setattr(data, "host_tensors", noted)
+    labels = Labels(*np.arange(202, dtype=np.int32).reshape(2, 101))
+    config = dataclasses.replace(CONFIG, task="both")   # so that a batch has every tensor it can have
+    loader = Loader(CELLS, config, cls_id=CLS_ID, seed=3, global_batch_size=48, micro_batch_size=12, workers=1,
+                    labels=labels, device=torch.device(device))
+    with loader.batches() as steps:
+        step = next(steps)
+    assert threads
+    assert threading.current_thread() not in threads
+    assert len(step.tensors) == len(step.micro_batches) == 4
+    for on_host, batch in zip(step.tensors, step.micro_batches, strict=True):
+        assert {tensor.device.type for tensor in tensors_of(on_host)} == {"cpu"}
+        assert all(tensor.is_pinned() for tensor in tensors_of(on_host)) == (device == "cuda")
+        moved, expected = tensors_of(on_host.to(device)), tensors_of(data.to_tensors(batch, device))
+        assert len(moved) == 10
+        for tensor, other in zip(moved, expected, strict=True):
+            assert tensor.device.type == device
+            assert tensor.dtype == other.dtype
+            assert torch.equal(tensor, other)
+
+
+def tensors_of(batch):
+    import torch
+
+    parts = [getattr(part, field.name) for part in (batch, batch.inputs) for field in dataclasses.fields(part)]
+    return [part for part in parts if isinstance(part, torch.Tensor)]
+
+
+def test_without_a_device_no_tensor_is_made():
+    assert loader_of().load(0).tensors == []

@@ -7,7 +7,7 @@
 #   make check       ruff, types, import direction                        make format      what ruff can mend
 #   make bench       the demo's stages, timed                             make gpu-check   training and release on a GPU
 #   make bench-data  h5ad to corpus, beside other tools                   make bench-train  the loop, beside a bare step
-#   make bench-loader  batches from disk, beside plain NumPy              make bench-model  a step, packed beside padded
+#   make bench-loader  batches from disk, beside other loaders            make bench-model  a step, packed beside padded
 #   make install     .venv with everything                                make clean       remove out/ and caches
 
 SHELL := /bin/bash

@@ -1,14 +1,50 @@
-"""What a run shows while it goes on: a bar on a terminal, plain lines elsewhere. stderr, rank 0 only."""
+"""What a run shows while it goes on: a bar on a terminal, plain lines elsewhere. stderr, rank 0 only.
+
+A run outlives whoever reads it: where stderr leads nowhere any more (`2>&1 | head`, a terminal that was closed, a full
+disk), what is shown is dropped from then on. The JSON lines of the run directory have it all.
+"""
+import io
+import os
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
 
+class LastingStderr(io.TextIOBase):
+    """stderr, which becomes /dev/null when it can no longer be written to."""
+
+    def write(self, text: str) -> int:
+        """Write and flush; the characters taken."""
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except OSError:
+            _lead_nowhere()
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+    def isatty(self) -> bool:
+        """Whether a terminal shows it."""
+        return sys.stderr.isatty()
+
+    def fileno(self) -> int:
+        """stderr's own."""
+        return sys.stderr.fileno()
+
+
+def _lead_nowhere() -> None:
+    """For the whole process: other libraries write there too, and Python flushes what it still holds at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stderr.fileno())
+    os.close(nowhere)
+
+
 def say(line: str) -> None:
     """One line to stderr."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    LastingStderr().write(f"{line}\n")
 
 
 def describe(row: Mapping[str, Any], total_steps: int) -> str:
@@ -53,7 +89,7 @@ class Bar:
 
         columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[line]}", markup=False))
         self._total = total_steps
-        self._progress = Progress(*columns, console=Console(stderr=True), redirect_stderr=False)
+        self._progress = Progress(*columns, console=Console(file=LastingStderr()), redirect_stderr=False)
         self._task = self._progress.add_task("train", total=total_steps, line="")
         self._progress.start()
 

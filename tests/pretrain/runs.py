@@ -67,16 +67,17 @@ def launched(*words: str, ranks: int) -> list[str]:
     return [*launcher, *words]
 
 
-def start(corpus: Path, out: Path, *settings: str, ranks: int = 1) -> "subprocess.Popen[str]":
+def start(corpus: Path, out: Path, *settings: str, ranks: int = 1,
+          errors: int = subprocess.PIPE) -> "subprocess.Popen[str]":
     """Begin, or continue, a training in a process group of its own."""
-    return begin(command(corpus, out, settings, ranks))
+    return begin(command(corpus, out, settings, ranks), errors=errors)
 
 
-def begin(words: list[str]) -> "subprocess.Popen[str]":
-    """Start a program in a process group of its own."""
+def begin(words: list[str], *, errors: int = subprocess.PIPE) -> "subprocess.Popen[str]":
+    """Start a program in a process group of its own; `errors`: where its stderr goes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT),
                                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=errors,
                             start_new_session=True)
 
 

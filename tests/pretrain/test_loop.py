@@ -109,6 +109,18 @@ def test_ranks_whose_launcher_is_killed_save_and_end_and_a_restart_waits_for_the
     assert_same_run(out, uninterrupted[2])
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_whose_reader_goes_away_trains_to_its_end(corpus, uninterrupted, tmp_path, ranks):
+    """`scgpt train ... 2>&1 | head -1`."""
+    process = runs.start(corpus, tmp_path / "run", *SETTINGS, ranks=ranks, errors=subprocess.STDOUT)
+    assert process.stdout is not None
+    while "step " not in (line := process.stdout.readline()):
+        assert line, process.wait()
+    process.stdout.close()
+    assert process.wait(timeout=300) == 0
+    assert_same_run(tmp_path / "run", uninterrupted[ranks])
+
+
 def test_a_damaged_checkpoint_is_skipped_and_told(corpus, uninterrupted, tmp_path):
     out = tmp_path / "run"
     code, errors = runs.train(corpus, out, *SETTINGS, "train.max_time_s=1")

@@ -2,11 +2,13 @@ import contextlib
 import os
 import pty
 import re
+import subprocess
 import sys
 
 import pytest
 
 from pretrain.progress import Bar, Lines, describe, progress
+from tests.pretrain import runs
 
 TRAIN = {"step": 5, "split": "train", "loss": 1.234, "lr": 1e-3, "grad_norm": 2.0, "cells_per_s": 1234.5,
          "tokens_per_s": 1e6, "mfu": None, "step_time_s": 2.0}
@@ -63,3 +65,35 @@ def test_on_a_terminal_there_is_a_bar_with_lines_above_it(monkeypatch):
 @pytest.mark.parametrize("step", [0, 10])
 def test_a_run_that_was_continued_is_not_taken_for_a_fast_one(step):
     assert describe(TRAIN | {"step": step}, 10).endswith(f"0:00:{(10 - step) * 2:02d} left")
+
+
+LINES = """
+import sys
+from pretrain.progress import Bar, Lines, say
+shown = {bar}
+input()
+for step in range(3):
+    shown.say("a line")
+sys.stderr.write("other libraries write there too")
+shown.close()
+say("done")
+"""
+
+
+@pytest.mark.parametrize("bar", ["Lines(10)", "Bar(10)"])
+def test_a_stderr_that_nobody_reads_any_more_ends_no_run(bar):
+    reading, writing = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", LINES.format(bar=bar)], stdin=subprocess.PIPE, stderr=writing,
+                               env=os.environ | {"PYTHONPATH": str(runs.ROOT)})
+    os.close(writing)
+    os.close(reading)
+    process.communicate(b"\n")
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")  # noqa: PTH110
+def test_a_log_on_a_full_disk_ends_no_run():
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run([sys.executable, "-c", LINES.format(bar="Lines(10)")], input=b"\n", stderr=full,
+                              env=os.environ | {"PYTHONPATH": str(runs.ROOT)}, check=False)
+    assert done.returncode == 0

@@ -163,7 +163,7 @@ def data_convert(args: argparse.Namespace) -> Answer:
 def train(args: argparse.Namespace) -> Answer:
     """Train in this process: one rank."""
     from pretrain.config import TrainConfig
-    from pretrain.engine import describe_json
+    from pretrain.deepspeed_json import describe_json
     from pretrain.loop import train as train_run
     from pretrain.metrics import METRICS, read_rows
     from scgpt.config import load_config

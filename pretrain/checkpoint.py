@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pretrain.engine import Engine
 from pretrain.fragments import digests, fragments, loss_scale, refresh_weights, set_loss_scale, set_step, state_of
 from pretrain.shards import Shards, copy_range
 from pretrain.world import RankError, World, is_lost_peer
-from scgpt.errors import CheckpointError
+from scgpt.errors import CheckpointError, ConfigError
 from scgpt.files import TEMPORARY_PREFIX, fsync_path, json_bytes, remove, sha256, write_bytes
 
 STATE, SUMS = "state.json", "SHA256SUMS"
@@ -167,11 +167,20 @@ def check_sums(folder: Path, *, fix: str) -> dict[str, str]:
 
 
 def validate(checkpoint: Path) -> RunState:
-    """Check every file of a checkpoint; its state. Raises CheckpointError when it is missing, torn or changed."""
+    """Check every file of a checkpoint; its state. Older versions' lack some of it, which then begins anew.
+
+    Raises CheckpointError when it is missing, torn or changed, ConfigError when a newer version wrote it: what that one
+    remembers would be lost, so nobody goes on from there by passing it over.
+    """
     check_sums(checkpoint, fix="take an older checkpoint")
     content = json.loads((checkpoint / STATE).read_bytes())
     if isinstance(content.get("digests"), list):   # older ones: of each rank's tensors, of use to those ranks only
         del content["digests"]
+    unknown = sorted(content.keys() - {known.name for known in fields(RunState)})
+    if unknown:
+        versions = ", ".join(f"{name} {version}" for name, version in content.get("versions", {}).items())
+        raise ConfigError(f"the checkpoint was written by a newer version, which remembers {', '.join(unknown)}",
+                          where=str(checkpoint), fix=f"install that version: {versions}")
     return RunState(**content)
 
 

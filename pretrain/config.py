@@ -248,6 +248,14 @@ class TrainConfig(Config):
                "category input needs binned values and two categories more than bins",
                f"set objective.input_style=binned and model.n_input_bins={objective.n_bins + 2}")
 
+    @property
+    def of_micro_batches(self) -> list[str]:
+        """What of a step depends on which cells are computed together; in words, for the user."""
+        model, weights = self.model, self.objective.weights
+        asked = {"dropout": model.dropout or model.attention_dropout, "batch norm": model.domain_spec_batchnorm,
+                 "similarity (ECS)": weights.ecs, "contrast (CCE)": weights.cce}
+        return [name for name, value in asked.items() if value]
+
     def collate_config(self, vocab: GeneVocab | None = None) -> CollateConfig:
         """How cells become batches of this model: categories have special values of their own.
 

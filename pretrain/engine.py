@@ -1,25 +1,23 @@
-"""The engine of a run: the model under DeepSpeed, and the JSON that DeepSpeed is given, derived from TrainConfig.
+"""The engine of a run: the model under DeepSpeed. It adds up gradients, updates, evaluates and embeds.
 
-Every key of that JSON whose default has moved between releases, or differs between optimizers, is written out, so
-that an upgrade changes no number. On a CPU nothing is compiled at run time: DeepSpeed's shared-memory collectives and
-its own fused Adam are left out (48 s on a cold cache, a crash where there is no compiler); torch's fused Adam is used.
+On a CPU nothing is compiled at run time: DeepSpeed's shared-memory collectives and its own fused Adam are left out
+(48 s on a cold cache, a crash where there is no compiler).
 """
-import json
 import logging
 import math
 import os
-import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.config import DeepSpeedConfig, RunConfig, TrainConfig
+from pretrain.config import TrainConfig
 from pretrain.data import BatchTensors
+from pretrain.deepspeed_json import deepspeed_json
+from pretrain.first_model import SEED_BITS, first_model, torch_seed
 from pretrain.objectives import LossSums, Objective
 from pretrain.precision import (
     can_scale_down,
@@ -28,94 +26,14 @@ from pretrain.precision import (
     resolve_precision,
     undo_first_update,
 )
+from pretrain.running_statistics import RunningStatistics
 from pretrain.stopwatch import BACKWARD, FORWARD, OPTIMIZER, Stopwatch
 from pretrain.world import World, limit_collectives
 from scgpt.errors import ConfigError
-from scgpt.rng import GOLDEN, PURPOSE_DROPOUT, PURPOSE_WEIGHTS, stream
+from scgpt.rng import PURPOSE_DROPOUT
 from scgpt.vocab import GeneVocab
 
-_BUCKET_VALUES = 50_000_000   # values of a gradient or parameter message: 200 MB of float32
-_CPU_BUCKET_VALUES = 8_000_000   # 32 MB, which the allocator keeps: 67 ms a demo step for 89 on two ranks
-_NEVER = 10**9
-_SEED_BITS = (1 << 63) - 1
-
-
-def deepspeed_json(config: TrainConfig, *, world_size: int, precision: str, on_cpu: bool) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given.
-
-    Raises ConfigError where the batch sizes do not fit, and where an override would change the batch behind our back.
-    """
-    optimizer = config.optimizer
-    derived: dict[str, Any] = {
-        "train_batch_size": config.batch.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.batch.micro_batch_size,
-        "gradient_accumulation_steps": config.batch.accumulation(world_size),
-        "managed_gradient_accumulation": True,
-        "optimizer": {"type": "AdamW", "legacy_fusion": False, "params": {
-            "lr": optimizer.lr, "betas": list(optimizer.betas), "eps": optimizer.eps,
-            "weight_decay": optimizer.weight_decay,   # torch's default is 0.01, FusedAdam's 0
-            "torch_adam": True, "adam_w_mode": True,
-            "fused": True}},   # one pass over weights and moments: 12 ms a demo step for 26
-        "gradient_clipping": optimizer.grad_clip,
-        "prescale_gradients": False, "gradient_predivide_factor": 1.0, "gradient_allreduce_op": "mean",
-        "communication_data_type": "fp32",
-        "bf16": {"enabled": precision == "bf16", "immediate_grad_update": False, "check_grad_overflow": True,
-                 "bf16_master_weights_and_grads": False, "bf16_optimizer_states": False},
-        "fp16": {"enabled": precision == "fp16", "auto_cast": False, "loss_scale": 0, "initial_scale_power": 16,
-                 "loss_scale_window": 1000, "hysteresis": 2, "consecutive_hysteresis": False, "min_loss_scale": 1,
-                 "fp16_master_weights_and_grads": False},
-        "torch_autocast": {"enabled": False},
-        "data_types": {"grad_accum_dtype": _accumulation_dtype(config.deepspeed.zero_stage, precision)},
-        "zero_optimization": _zero_json(config.deepspeed, on_cpu=on_cpu),
-        "zero_allow_untested_optimizer": False, "zero_force_ds_cpu_optimizer": False,
-        "checkpoint": {"tag_validation": "Fail", "load_universal": False, "use_node_local_storage": False,
-                       "parallel_write": {"pipeline_stage": False}},
-        "compile": {"deepcompile": False},
-        "steps_per_print": _NEVER, "wall_clock_breakdown": False, "memory_breakdown": False, "dump_state": False,
-        "disable_allgather": False, "disable_python_gc": False, "dataloader_drop_last": False,
-    }
-    merged = _merged(derived, config.deepspeed.overrides)
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        if merged[key] != derived[key]:
-            raise ConfigError(f"deepspeed.overrides changes '{key}'", fix="set the sizes under batch instead")
-    return merged
-
-
-def _accumulation_dtype(stage: int, precision: str) -> str:
-    """What gradients are added up in: float32, but in ZeRO 0 DeepSpeed knows only the type of the weights."""
-    return precision if stage == 0 else "fp32"
-
-
-def _zero_json(settings: DeepSpeedConfig, *, on_cpu: bool) -> dict[str, Any]:
-    stage, bucket_values = settings.zero_stage, _CPU_BUCKET_VALUES if on_cpu else _BUCKET_VALUES
-    every: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "reduce_bucket_size": bucket_values,
-                             "allgather_bucket_size": bucket_values, "overlap_comm": False,
-                             "ignore_unused_parameters": True, "load_from_fp32_weights": True,
-                             "elastic_checkpoint": False}
-    if stage in (1, 2):
-        every |= {"reduce_scatter": True, "use_multi_rank_bucket_allreduce": True, "allgather_partitions": True,
-                  "round_robin_gradients": False, "parameter_alignment": False, "compute_grad_norm": True,
-                  "legacy_stage1": False}
-    if stage == 3:
-        every |= {"sub_group_size": _NEVER, "stage3_prefetch_bucket_size": bucket_values,
-                  "stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": _NEVER,
-                  "stage3_max_reuse_distance": _NEVER, "stage3_gather_16bit_weights_on_model_save": False,
-                  "zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False,
-                  "memory_efficient_linear": False}
-    # Updated by torch's fused AdamW there too: DeepSpeed's own for CPUs wants a compiler on every node.
-    if settings.offload_optimizer:
-        every["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu, "ratio": 1.0, "super_offload": False}
-    if settings.offload_params:
-        every["offload_param"] = {"device": "cpu", "pin_memory": not on_cpu}
-    return every
-
-
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def quiet_deepspeed(device: torch.device) -> None:
@@ -138,17 +56,14 @@ class Engine:
         quiet_deepspeed(world.device)
         import deepspeed
 
-        from scgpt.model.build import build_model
-
         self.precision = resolve_precision(config.train.precision, world.device)
         self.json = deepspeed_json(config, world_size=world.world_size, precision=self.precision,
                                    on_cpu=world.device.type == "cpu")
         deepspeed.comm.comm.cdb = deepspeed.utils.groups._WORLD_GROUP = None   # of an earlier run in this process
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        torch.manual_seed(_seed(config.train.seed, 0, 0, PURPOSE_WEIGHTS))   # every rank draws the same weights
-        model: torch.nn.Module = build_model(config.model, vocab)
-        _switch(model, config.train)
         try:
+            model = first_model(config, vocab, device=world.device, dtype=_DTYPES[self.precision],
+                                deepspeed_json=self.json)
             self.deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(),
                                                       config=self.json, dist_init_required=False)
         except (ValueError, AssertionError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
@@ -165,13 +80,12 @@ class Engine:
             grow_scale_after_update(self.deepspeed.optimizer)
             outlast_smallest_scale(self.deepspeed.optimizer)
         self._scales_loss = self.precision == "fp16" and config.deepspeed.zero_stage == 0
-        self._buffers = list(self.deepspeed.module.buffers())
-        self._buffers_before: list[Tensor] = []   # of this step: a skipped one leaves no trace in them either
         self._norm, self.applied = float("nan"), True
         self.objective, self.seed, self.world = Objective.of(config), config.train.seed, world
         self.stopwatch = Stopwatch(world.device)
         self._copies = world.world_size * config.batch.accumulation(world.world_size)
-        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        self._statistics = RunningStatistics(self.deepspeed.module, world, self._copies)
+        self._dtype = _DTYPES[self.precision]
         if config.model.input_emb_style == "category":
             self._dtype = torch.float32   # categories above 256 have no bf16
 
@@ -188,9 +102,8 @@ class Engine:
         Returns the micro-batch's sums (loss terms, then relative errors), (names,) float64, without gradient. After the
         last one of a step, `applied` says whether there was an update.
         """
-        torch.manual_seed(_seed(self.seed, step, micro_batch, PURPOSE_DROPOUT))
-        self._buffers_before = self._buffers_before or [buffer.clone() for buffer in self._buffers]
-        with self.stopwatch.part(FORWARD):
+        torch.manual_seed(torch_seed(self.seed, step, micro_batch, PURPOSE_DROPOUT))
+        with self.stopwatch.part(FORWARD), self._statistics.of_micro_batch(micro_batch):
             sums = self._sums(batch, step)
             loss = sums.scaled(counts=counts, copies=self._copies)
         if self._scales_loss:   # DeepSpeed divides by the scale, but multiplies with it from ZeRO 1 on only
@@ -218,10 +131,7 @@ class Engine:
         if not is_last:
             return
         self.applied = self.deepspeed.was_step_applied() and (math.isfinite(self._norm) or not self._is_plain)
-        if not self.applied:
-            for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
-                buffer.copy_(before)
-        self._buffers_before = []
+        self._statistics.finish_step(applied=self.applied)
 
     def _drop_gradients(self, *_: Any) -> None:
         """Before torch's own optimizer updates: without gradients it changes nothing."""
@@ -239,7 +149,7 @@ class Engine:
 
         `key` seeds the one draw that is left: a generator with zero probabilities samples what it predicts.
         """
-        torch.manual_seed(key & _SEED_BITS)
+        torch.manual_seed(key & SEED_BITS)
         self.deepspeed.eval()
         try:
             return self._sums(batch, None).detached()
@@ -255,13 +165,6 @@ class Engine:
         finally:
             self.deepspeed.train()
         return output.double()
-
-    @torch.no_grad()
-    def average_statistics(self) -> None:
-        """Give every rank the mean of the ranks' batch-norm statistics. All ranks call it; free without batch norm."""
-        for buffer in self.deepspeed.module.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(self.world.sum(buffer.float()) / self.world.world_size)
 
     def _sums(self, batch: BatchTensors, step: int | None) -> LossSums:
         return self.objective.sums(self.deepspeed, self._cast(batch), step=step)
@@ -281,41 +184,3 @@ class Engine:
             return self._norm
         norm = self.deepspeed.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
-
-
-def _switch(model: torch.nn.Module, settings: RunConfig) -> None:
-    """Recompute, compile, determinism: how the model computes, not what.
-
-    Raises ConfigError where there is no compiler to compile with.
-    """
-    from scgpt.model.layers import FlashSelfAttention, TorchSelfAttention
-
-    encoder = model.get_submodule("transformer_encoder")
-    if settings.recompute:
-        encoder.recompute = True  # type: ignore[assignment]
-    if settings.compile:
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
-            raise ConfigError(f"train.compile needs a C++ compiler, and there is no '{compiler}'",
-                              fix="install g++, or set train.compile=false")
-        for layer in encoder.layers:  # type: ignore[union-attr]
-            layer.compile(dynamic=True)   # no other graph for another number of tokens
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # what cuBLAS asks for
-        for module in encoder.modules():
-            if isinstance(module, (FlashSelfAttention, TorchSelfAttention)):
-                module.deterministic = True
-    torch.use_deterministic_algorithms(settings.deterministic)
-
-
-def _seed(seed: int, step: int, number: int, purpose: np.uint64) -> int:
-    """A seed of torch's generator from a stream of ours."""
-    return int(stream(seed, step, number, purpose) ^ GOLDEN) & _SEED_BITS
-
-
-def describe_json(config: TrainConfig, world_size: int) -> str:
-    """The DeepSpeed JSON as `--print-deepspeed-config` shows it, for `world_size` ranks on this machine's devices."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = resolve_precision(config.train.precision, device)
-    return json.dumps(deepspeed_json(config, world_size=world_size, precision=precision, on_cpu=device.type == "cpu"),
-                      indent=1)

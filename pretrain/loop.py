@@ -83,6 +83,7 @@ class Training:
                              or device_peak_tflops(world.device, self.engine.precision))
         changed: list[str] = []
         if self.state.step:
+            self._tell_of_other_micro_batches(run.before or config)
             changed = checkpoint.load(self.engine, self.checkpoints, self.state, world)
         elif config.model.init_from is not None:
             self.state.lineage = begin_from(config.model.init_from, self.engine, config.model, corpus.vocab, world)
@@ -107,6 +108,20 @@ class Training:
             self._validate()
         if self.probe is not None:
             self._look_at_embeddings(self.probe)
+
+    def _tell_of_other_micro_batches(self, before: TrainConfig) -> None:
+        """Where the run was cut up in another way: what of the curve is not as it would have been."""
+        was, now = before.batch.micro_batch_size, self.config.batch.micro_batch_size
+        together = [was * self.state.world_size, now * self.world.world_size]   # cells that contrast sees at a time
+        others = self.config.of_micro_batches if was != now else []
+        if together[0] != together[1] and self.config.objective.weights.cce and not others:
+            others = ["contrast (CCE)"]
+        if others:
+            text = (f"warning: the micro-batch decides {', '.join(others)}, and it has {now} cells on "
+                    f"{self.world.world_size} rank(s) from here on, not {was} on {self.state.world_size}: the curve is "
+                    "not quite the uninterrupted one")
+            self.log.event("micro_batch_changed", text, step=self.state.step, micro_batch_size=[was, now],
+                           cells_together=together, terms=others)
 
     def run(self, *, profile: bool = False) -> int:
         """Train to the end of the run (exit code 0), or until a signal or the time limit (75, after a checkpoint)."""
@@ -227,7 +242,6 @@ class Training:
         if self.held_out is None:
             return
         started = time.perf_counter()
-        self.engine.average_statistics()
         means = self.held_out.loss(self.engine)
         self.state.last_valid = {"step": self.state.step,
                                  **{name: mean for name, mean in means.items() if math.isfinite(mean)}}
@@ -243,7 +257,6 @@ class Training:
     def _look_at_embeddings(self, probe: Probe) -> None:
         """Measure how well cells' neighbours share their class."""
         started = time.perf_counter()
-        self.engine.average_statistics()
         if self.state.probe_pca is None:
             self.state.probe_pca = probe.baseline()
         accuracy = probe.accuracy(self.engine)
@@ -263,7 +276,6 @@ class Training:
     def _save(self) -> None:
         started = time.perf_counter()
         self.state.window = self.window.reduced(self.world)
-        self.engine.average_statistics()
         checkpoint.save(self.engine, self.checkpoints, self.state, self.world, keep_last=self.config.train.keep_last)
         seconds = time.perf_counter() - started
         self.window.exclude(seconds)

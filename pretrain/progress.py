@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import IO, Any, cast
 
 
 class LastingStderr(io.TextIOBase):
@@ -89,7 +89,8 @@ class Bar:
 
         columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[line]}", markup=False))
         self._total = total_steps
-        self._progress = Progress(*columns, console=Console(file=LastingStderr()), redirect_stderr=False)
+        self._progress = Progress(*columns, console=Console(file=cast(IO[str], LastingStderr())),
+                                  redirect_stderr=False)
         self._task = self._progress.add_task("train", total=total_steps, line="")
         self._progress.start()
 

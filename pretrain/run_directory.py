@@ -18,7 +18,7 @@ from pretrain.precision import resolve_precision
 from pretrain.progress import say
 from pretrain.recovery import hold_rank
 from pretrain.world import World
-from scgpt.config import load_config
+from scgpt.config import load_config, validate
 from scgpt.errors import ConfigError
 from scgpt.files import TEMPORARY_PREFIX, remove, write_bytes
 
@@ -46,6 +46,7 @@ class OpenRun:
     state: RunState      # of the newest valid checkpoint; at step 0 for a new run
     log: RunLog
     total_steps: int
+    before: TrainConfig | None   # what that checkpoint was written with; None for a new run
 
     @property
     def checkpoints(self) -> Path:
@@ -70,8 +71,9 @@ def open_run(config: TrainConfig, path: Path, corpus: Corpus, world: World) -> I
             state = world.of_first(lambda: _restore(path, corpus, log))
             if state.step == 0:
                 _begin(state, config, corpus, world)
+            before = validate(TrainConfig, state.config) if state.config else None
             state.config = config.model_dump(mode="json")
-            yield OpenRun(path, state, log, total)
+            yield OpenRun(path, state, log, total, before)
         except BaseException as error:
             log.failed(error)
             raise

@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
 
     config = load_config(TrainConfig, args.config, args.overrides, kind="pretrain")
     if args.print_deepspeed_config:
-        from pretrain.engine import describe_json
+        from pretrain.deepspeed_json import describe_json
 
         sys.stdout.write(describe_json(config, int(os.environ.get("WORLD_SIZE", "1"))) + "\n")
         return 0

@@ -3,7 +3,8 @@
     elastic.py CASES.json     CASES: [{"settings": [...], "folder": DIR, "resume": true, "until": 4, "out": FILE}, ...]
 
 A case begins anew, or loads the newest checkpoint of `folder`, learns up to step `until`, and saves there where it
-began anew. Rank 0 writes {"losses": of each step, "digests", "changed", "loss_scale"} to `out`, or {"error"}.
+began anew. Rank 0 writes {"losses": of each step, "digests", "changed", "loss_scale", "statistics": of batch norms} to
+`out`, or {"error"}.
 """
 import json
 import sys
@@ -50,12 +51,12 @@ def run(case: dict[str, Any], config: TrainConfig, world: World) -> dict[str, An
         changed = checkpoint.load(engine, folder, state, world)
     loader = Loader.of_run(config, corpus, rank=world.rank, world_size=world.world_size)
     losses = [step(engine, loader, number, config, world) for number in range(state.step, case["until"])]
-    engine.average_statistics()
     if not case["resume"]:
         state.step, state.world_size, state.precision = case["until"], world.world_size, engine.precision
         world.of_first(lambda: folder.mkdir(exist_ok=True))
         checkpoint.save(engine, folder, state, world, keep_last=1)
-    return {"losses": losses, "digests": digests(engine, world), "changed": changed, "loss_scale": loss_scale(engine)}
+    return {"losses": losses, "digests": digests(engine, world), "changed": changed, "loss_scale": loss_scale(engine),
+            "statistics": {name: buffer.tolist() for name, buffer in engine.deepspeed.module.named_buffers()}}
 
 
 def step(engine: Engine, loader: Loader, number: int, config: TrainConfig, world: World) -> float:

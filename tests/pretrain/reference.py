@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from pretrain.config import TrainConfig
 from pretrain.corpus import Corpus
 from pretrain.data import Loader
-from pretrain.engine import _seed
+from pretrain.first_model import torch_seed
 from pretrain.schedule import learning_rate
 from scgpt.model.build import build_model
 from scgpt.rng import PURPOSE_WEIGHTS
@@ -22,7 +22,7 @@ Tensors = dict[str, torch.Tensor]
 
 def first_weights(config: TrainConfig, *, rounded: bool = False) -> torch.nn.Module:
     """The model that the engine begins with, in float64; `rounded` to bfloat16 first, as DeepSpeed keeps it."""
-    torch.manual_seed(_seed(config.train.seed, 0, 0, PURPOSE_WEIGHTS))
+    torch.manual_seed(torch_seed(config.train.seed, 0, 0, PURPOSE_WEIGHTS))
     model = build_model(config.model, Corpus.open(config).vocab)
     return (model.bfloat16() if rounded else model).double()
 

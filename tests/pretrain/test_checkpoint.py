@@ -18,7 +18,7 @@ from pretrain.checkpoint import (
     sums_bytes,
     validate,
 )
-from scgpt.errors import CheckpointError
+from scgpt.errors import CheckpointError, ConfigError
 from scgpt.files import json_bytes, sha256
 
 
@@ -102,6 +102,16 @@ def test_a_step_is_found_by_best_latest_and_number(tmp_path):
         find(tmp_path, "15")
     with pytest.raises(CheckpointError, match="no checkpoint"):
         find(tmp_path / "elsewhere", "best")
+
+
+def test_a_newer_versions_checkpoint_is_neither_read_nor_passed_over(tmp_path):
+    write(tmp_path, 10)
+    folder = write(tmp_path, 20)
+    content = asdict(RunState(step=20, versions={"scgpt-pretrain": "9.1"})) | {"moon_phase": 0.5}
+    (folder / STATE).write_bytes(json_bytes(content))
+    (folder / SUMS).write_bytes(sums_bytes({path.name: sha256(path) for path in folder.iterdir() if path.name != SUMS}))
+    with pytest.raises(ConfigError, match=r"newer version, which remembers moon_phase.*install.*scgpt-pretrain 9\.1"):
+        newest_valid(tmp_path)
 
 
 def test_the_state_is_plain_json(tmp_path):

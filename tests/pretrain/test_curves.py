@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from pretrain.config import TrainConfig
 from pretrain.corpus import Corpus
 from pretrain.data import Loader
-from pretrain.engine import _seed
+from pretrain.first_model import torch_seed
 from scgpt.config import load_config
 from scgpt.model.build import build_model
 from scgpt.rng import PURPOSE_WEIGHTS
@@ -37,7 +37,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def begin(config: TrainConfig) -> tuple[torch.nn.Module, Loader, int]:
     """The model that the engine begins with, whole global batches, and the id of `<pad>`."""
     corpus = Corpus.open(config)
-    torch.manual_seed(_seed(config.train.seed, 0, 0, PURPOSE_WEIGHTS))
+    torch.manual_seed(torch_seed(config.train.seed, 0, 0, PURPOSE_WEIGHTS))
     loader = Loader(corpus.train, config.collate_config(), cls_id=corpus.vocab[CLS], seed=config.train.seed,
                     global_batch_size=CELLS, micro_batch_size=CELLS, workers=0)
     return build_model(config.model, corpus.vocab), loader, corpus.vocab[PAD]

@@ -106,6 +106,65 @@ def test_a_curve_begun_on_two_ranks_is_the_same_on_one_and_on_four(corpus, tmp_p
         assert close([*begun["losses"], *found["losses"]], uninterrupted["losses"]), (ranks, stage)
 
 
+def resumed(corpus: Path, folder: Path, kinds: list[tuple[int, tuple[str, ...]]],
+            ranks: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Of each (stage, settings): the uninterrupted run, and the one that was saved and resumed, on as many ranks."""
+    folders = [folder / f"half-{ranks}-{number}" for number in range(len(kinds))]
+    begun = [case_of(corpus, half, stage, UNTIL, *settings, resume=False)
+             for half, (stage, settings) in zip(folders, kinds, strict=True)]
+    whole = [case | {"folder": f"{case['folder']}-whole", "until": END} for case in begun]
+    again = [case | {"until": END, "resume": True} for case in begun]
+    found = run_cases(folder, [*begun, *whole, *again], ranks=ranks)
+    return list(zip(found[len(kinds):2 * len(kinds)], found[2 * len(kinds):], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_offloaded_optimizers_and_parameters_go_on_to_the_bit(corpus, tmp_path, ranks):
+    optimizer, parameters = "deepspeed.offload_optimizer=true", "deepspeed.offload_params=true"
+    kinds = [(1, (optimizer,)), (2, (optimizer,)), (3, (optimizer,)), (3, (optimizer, parameters)), (3, (parameters,)),
+             (3, (optimizer, parameters, "train.precision=bf16"))]
+    for kind, (whole, again) in zip(kinds, resumed(corpus, tmp_path, kinds, ranks), strict=True):
+        assert again["losses"] == whole["losses"][UNTIL:], kind
+        assert again["digests"] == whole["digests"], kind
+
+
+DOMAINS = ("data.batch_column=source", "model.n_batch_labels=2", "data.one_domain_batches=true",
+           "model.domain_spec_batchnorm=dsbn", "optimizer.eps=1e-2")   # Adam makes whole steps of rounding else
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_statistics_of_batch_norms_come_back_and_are_the_same_on_any_ranks(tmp_path):
+    """Two ranks are in different domains at a time; each domain's statistics are moved as one rank would move them."""
+    corpus = runs.write_two_sources(tmp_path / "corpus")
+    kinds = [(2, DOMAINS), (3, DOMAINS)]
+    (alone, again), *others = [pair for ranks in (1, 2) for pair in resumed(corpus, tmp_path, kinds, ranks)]
+    moves = {name: value for name, value in alone["statistics"].items() if name.endswith("num_batches_tracked")}
+    assert sum(moves.values()) == 4 * END   # micro-batches
+    assert all(moves.values())
+    for whole, went_on in ((alone, again), *others):
+        assert went_on["digests"] == whole["digests"]
+        assert_alike(whole["statistics"], alone["statistics"])
+    for ranks, source in ((1, "half-2-0"), (2, "half-1-0")):   # saved on the other number of ranks
+        begun, found = run_cases(tmp_path, [case_of(corpus, tmp_path / source, 2, until, *DOMAINS, resume=True)
+                                            for until in (UNTIL, END)], ranks=ranks)
+        state = json.loads((tmp_path / source / f"step-{UNTIL:08d}" / "state.json").read_bytes())
+        assert begun["digests"] == state["digests"]
+        assert_alike(found["statistics"], alone["statistics"])
+
+
+def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Running means and variances to rounding; counts, alike."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if name.endswith("num_batches_tracked"):
+            assert found[name] == value, name
+        else:
+            assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+
 @pytest.mark.slow
 def test_moments_that_are_not_those_that_were_saved_are_found(corpus, tmp_path):
     """The files' checksums fit again: the digests alone must find it, in a stage that spreads parameters."""

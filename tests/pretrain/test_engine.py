@@ -13,13 +13,14 @@ import torch
 
 from pretrain.config import TrainConfig
 from pretrain.corpus import Corpus
-from pretrain.engine import _seed, _switch, deepspeed_json
+from pretrain.deepspeed_json import deepspeed_json
+from pretrain.first_model import switch, torch_seed
 from pretrain.precision import resolve_precision
 from scgpt.config import load_config, shipped_configs
 from scgpt.errors import ConfigError
 from scgpt.model.build import build_model
 from tests.pretrain import runs
-from tests.pretrain.reference import plain_loop
+from tests.pretrain.reference import first_weights, plain_loop
 
 STEPS = 3
 # A large eps keeps Adam from turning rounding noise of vanishing gradients into whole steps.
@@ -151,6 +152,40 @@ def test_compiled_layers_pass_the_gate_and_no_batch_compiles_anew(corpus, tmp_pa
         assert found["graphs"][0] == found["graphs"][-1], case[-2:]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_first_weights_are_the_same_bits_in_every_stage_on_any_ranks(corpus, tmp_path, ranks):
+    """In ZeRO 3 no rank ever holds the whole model."""
+    kinds = [(stage, precision, words) for stage, precision, words in (
+        (0, "fp32", ()), (2, "fp32", ()), (3, "fp32", ()), (3, "bf16", ()), (3, "fp32", ("model.layers=torch",)),
+        (3, "fp32", ("deepspeed.offload_optimizer=true", "deepspeed.offload_params=true")),
+        (3, "fp32", ("model.layers=linear",)), (3, "fp32", GENERATIVE), (3, "bf16", OTHER_TERMS),
+        (3, "fp32", ("model.n_layers=5", "train.recompute=true")))]
+    cases = [(f"deepspeed.zero_stage={stage}", f"train.precision={precision}", *words)
+             for stage, precision, words in kinds]
+    common = ("demo", f"data.corpus={corpus}", *runs.SETTINGS)
+    for case, kind, found in zip(cases, kinds, runs.gate(tmp_path, *((*common, *case) for case in cases), ranks=ranks,
+                                                         steps=0), strict=True):
+        expected = dict(first_weights(config_of(corpus, *case), rounded=kind[1] == "bf16").named_parameters())
+        assert found["weights"].keys() == expected.keys(), case
+        assert all(torch.equal(found["weights"][name].double(), tensor) for name, tensor in expected.items()), case
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_rank_of_zero_3_builds_its_share_of_a_model_and_not_the_model(corpus, tmp_path):
+    """Memory that drawing the first weights takes on each of two ranks; 48 layers are 152 MB of float32."""
+    large = ("model.n_layers=48", "model.d_model=256", "model.d_hid=1024", "train.max_steps=1")
+    words = (f"data.corpus={corpus}", *runs.SETTINGS, *large, "deepspeed.zero_stage=3")
+    code, errors = runs.program(Path(__file__).with_name("first_model_memory.py"), str(tmp_path), *words, ranks=2)
+    assert code == 0, errors
+    for rank in range(2):
+        grown, whole = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert whole > 150e6
+        assert grown < 0.75 * whole
+
+
 TINY = (*runs.MODEL, "batch.global_batch_size=4", "batch.micro_batch_size=2", "schedule.warmup_steps=1")
 
 
@@ -260,7 +295,7 @@ def test_only_what_is_spread_can_be_offloaded(corpus, settings, says):
 def model_switched(corpus: Path, *settings: str) -> torch.nn.Module:
     config = config_of(corpus, *settings)
     model = build_model(config.model, Corpus.open(config).vocab, device="meta")
-    _switch(model, config.train)
+    switch(model, config.train)
     return model
 
 
@@ -289,7 +324,8 @@ def test_a_cpu_trains_in_float32_unless_told():
 
 
 def test_dropout_seeds_differ_by_run_step_and_micro_batch():
-    seeds = {_seed(seed, step, number, np.uint64(9)) for seed in range(4) for step in range(50) for number in range(8)}
+    seeds = {torch_seed(seed, step, number, np.uint64(9))
+             for seed in range(4) for step in range(50) for number in range(8)}
     assert len(seeds) == 4 * 50 * 8
     assert all(0 <= seed < 1 << 63 for seed in seeds)
 

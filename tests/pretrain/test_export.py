@@ -69,6 +69,31 @@ def test_the_tensors_are_the_checkpoints_to_the_bit(run, release):
         assert all(torch.equal(state[name], expected[name]) for name in state)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_release_of_every_stage_has_the_bits_that_were_in_memory(tmp_path, ranks):
+    """Gathered over the ranks by DeepSpeed itself when the checkpoint was written; batch norms' statistics too."""
+    corpus = runs.write_two_sources(tmp_path / "corpus")
+    kinds = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+    cases = [(f"data.corpus={corpus}", *runs.SETTINGS, "train.max_steps=3", "train.eval_every=3",
+              "data.batch_column=source", "model.n_batch_labels=2", "data.one_domain_batches=true",
+              "model.domain_spec_batchnorm=dsbn", f"deepspeed.zero_stage={stage}", f"train.precision={precision}",
+              "--out", str(tmp_path / f"{stage}-{precision}")) for stage, precision in kinds]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    code, errors = runs.program(Path(__file__).with_name("weights_in_memory.py"), str(tmp_path / "cases.json"),
+                                ranks=ranks)
+    assert code == 0, errors
+    for stage, precision in kinds:
+        out = tmp_path / f"{stage}-{precision}"
+        expected = torch.load(out / "in_memory.pt")
+        release = export(out, tmp_path / f"release-{stage}-{precision}", step="latest")
+        for state in (load_file(release / "model.safetensors"),
+                      torch.load(release / "best_model.pt", weights_only=True)):
+            assert state.keys() == expected.keys()
+            assert all(torch.equal(state[name], tensor) for name, tensor in expected.items()), (stage, precision)
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_stock_code_finds_every_key_and_leaves_none_over(release, fast):
     model = stock_model(release, use_fast_transformer=fast)

@@ -10,11 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain import checkpoint
 from pretrain.checkpoint import steps_of
+from pretrain.metrics import read_rows
+from scgpt.files import json_bytes
 from tests.pretrain import runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.timeout(600)]
 STEPS = 120
+FIRST_VERSION = {"step", "cells_seen", "tokens_seen", "best_step", "best_loss", "gene_mean_loss", "last_valid",
+                 "window", "world_size", "zero_stage", "precision", "corpus", "config", "versions"}   # of state.json
 SETTINGS = (f"train.max_steps={STEPS}", "model.dropout=0.1", "model.attention_dropout=0.1")
 
 
@@ -68,6 +73,53 @@ def test_crashes_at_random_steps_change_no_bit(corpus, uninterrupted, tmp_path):
     code, errors = runs.train(corpus, out, *SETTINGS, ranks=2)
     assert code == 0, errors
     assert_same_run(out, uninterrupted[2])
+
+
+def test_a_crash_on_two_ranks_goes_on_on_one_with_the_curve_of_two(corpus, tmp_path):
+    """Without dropout, but with batches of 2 cells before and of 4 after; every row that either has written."""
+    settings = ("train.max_steps=60", "train.save_every=10", "optimizer.eps=1e-4")
+    code, errors = runs.train(corpus, tmp_path / "whole", *settings, ranks=2)
+    assert code == 0, errors
+    out = tmp_path / "run"
+    process = runs.start(corpus, out, *settings, ranks=2)
+    runs.wait_for_step(process, out, 25)
+    runs.kill_all(process, out)
+    assert "finished" not in runs.events(out)
+    code, errors = runs.train(corpus, out, *settings, "batch.micro_batch_size=4")
+    assert code == 0, errors
+    assert "ranks 2 -> 1" in errors
+    assert "micro_batch_changed" not in runs.events(out)   # nothing depends on it
+    whole, found = runs.curve(tmp_path / "whole"), runs.curve(out)
+    assert found.keys() == whole.keys()
+    for key, row in whole.items():
+        losses = {name: value for name, value in row.items() if name.startswith("loss")}
+        assert {name: found[key][name] for name in losses} == pytest.approx(losses, rel=1e-4), key
+
+
+def test_a_micro_batch_of_another_size_is_told_where_something_depends_on_it(corpus, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[1], tmp_path / "run")
+    more = (*SETTINGS[1:], f"train.max_steps={STEPS + 1}", "batch.micro_batch_size=4")
+    code, errors = runs.train(corpus, tmp_path / "run", *more)
+    assert code == 0, errors
+    assert "warning: the micro-batch decides dropout, and it has 4 cells on 1 rank(s) from here on, not 2" in errors
+    (event,) = [row for row in read_rows(tmp_path / "run" / "events.jsonl") if row["event"] == "micro_batch_changed"]
+    assert (event["step"], event["micro_batch_size"], event["terms"]) == (STEPS, [2, 4], ["dropout"])
+
+
+def test_a_checkpoint_of_an_older_version_goes_on_to_the_bit(corpus, uninterrupted, tmp_path):
+    """One that knows only what the first version wrote: no digests of tensors, no loss scale, roll-backs, probe."""
+    out = tmp_path / "run"
+    code, errors = runs.train(corpus, out, *SETTINGS, "train.max_steps=40")
+    assert code == 0, errors
+    folder = checkpoint.find(out, "latest")
+    state = {key: value for key, value in runs.state_of(out).items() if key in FIRST_VERSION}
+    assert len(state) == len(FIRST_VERSION)
+    (folder / "state.json").write_bytes(json_bytes(state | {"digests": ["of one rank's tensors"]}))
+    runs.sign(folder)
+    code, errors = runs.train(corpus, out, *SETTINGS)
+    assert code == 0, errors
+    assert "resume" in runs.events(out)
+    assert_same_run(out, uninterrupted[1])
 
 
 def crash(process: "subprocess.Popen[str]", out: Path, how: str) -> int | None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from launch import cli
-from pretrain.engine import _seed
 from pretrain.export import export, verify
+from pretrain.first_model import torch_seed
 from pretrain.published import import_published
 from pretrain.starting_point import EMBEDDING, copy_rows
 from scgpt.data import TokenDataset
@@ -149,7 +149,7 @@ def test_a_grown_vocabulary_keeps_genes_by_name_and_draws_new_ones(run, release,
                               f"deepspeed.zero_stage={stage}", "model.generative=true", ranks=ranks)
     assert code == 0, errors
     before, after = runs.weights(run, "best"), runs.weights(tmp_path / "more")
-    torch.manual_seed(_seed(0, 0, 0, PURPOSE_WEIGHTS))
+    torch.manual_seed(torch_seed(0, 0, 0, PURPOSE_WEIGHTS))
     fresh = build_model(ModelConfig(n_layers=2, d_model=16, n_heads=2, d_hid=16, generative=True), new).state_dict()
     for token, row in new.items():
         expected = before[EMBEDDING][old[token]] if token in old else fresh[EMBEDDING][row]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scgpt.model.attention import PaddedLayout
+from scgpt.model.batch_norm import BatchNorm1d
 from scgpt.model.dsbn import DomainSpecificBatchNorm1d
 from scgpt.model.encoders import BatchLabelEncoder, CategoryValueEncoder, ContinuousValueEncoder, GeneEncoder
 from scgpt.model.heads import Chosen, Hidden
@@ -54,7 +55,7 @@ class CellEncoder(KeepsGeneEmbeddings):
             self.dsbn = DomainSpecificBatchNorm1d(d_model, n_labels, eps=_NORM_EPS,
                                                   affine=domain_spec_batchnorm == "do_affine")
         elif domain_spec_batchnorm == "batchnorm":
-            self.bn = nn.BatchNorm1d(d_model, eps=_NORM_EPS)
+            self.bn = BatchNorm1d(d_model, eps=_NORM_EPS)
         self.transformer_encoder = build_encoder(
             d_model, nhead, d_hid, nlayers, dropout, backend=backend, norm_scheme=self.norm_scheme,
             attention_dropout=attention_dropout, attention_backend=attention_backend)

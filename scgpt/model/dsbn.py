@@ -5,6 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from scgpt.model.batch_norm import batch_norm
+
 
 class _DomainSpecificBatchNorm(nn.Module):
     """One batch norm a domain; a call names the domain of its whole input.
@@ -63,14 +65,7 @@ class _DomainSpecificBatchNorm(nn.Module):
         if norm.affine:
             weight, bias = (torch.stack([getattr(each, name) for each in self.bns])[domain_label]
                             for name in ("weight", "bias"))
-        factor = norm.momentum
-        if norm.training and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            factor = 1.0 / float(norm.num_batches_tracked) if factor is None else factor
-        updated = norm.track_running_stats or not norm.training
-        return torch.nn.functional.batch_norm(
-            x, norm.running_mean if updated else None, norm.running_var if updated else None, weight, bias,
-            norm.training or norm.running_mean is None, factor or 0.0, norm.eps)
+        return batch_norm(x, norm, weight, bias)
 
 
 class DomainSpecificBatchNorm1d(_DomainSpecificBatchNorm):

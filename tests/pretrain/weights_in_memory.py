@@ -6,6 +6,7 @@ Rank 0 writes the float32 weights that the optimizers of all ranks hold, and the
 """
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from pretrain import checkpoint, loop
 from pretrain.config import TrainConfig
 from pretrain.engine import Engine
+from pretrain.world import join_world
 from scgpt.config import load_config
 
 
@@ -40,8 +42,10 @@ def main(cases: Path) -> None:
         save(engine, folder, *args, **options)
 
     checkpoint.save = telling
-    for *words, _, out in json.loads(cases.read_text()):
-        loop.train(load_config(TrainConfig, "demo", words, kind="pretrain"), Path(out))
+    with join_world(timeout_s=120) as world:
+        loop.join_world = lambda **options: nullcontext(world)   # joined once: its port serves no second time
+        for *words, _, out in json.loads(cases.read_text()):
+            loop.train(load_config(TrainConfig, "demo", words, kind="pretrain"), Path(out))
 
 
 if __name__ == "__main__":

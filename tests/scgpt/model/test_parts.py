@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from scgpt.model.batch_norm import BatchNorm1d
 from scgpt.model.decoders import AdversarialDiscriminator, MVCDecoder, Similarity
 from scgpt.model.dsbn import DomainSpecificBatchNorm1d, DomainSpecificBatchNorm2d
 from scgpt.model.encoders import CategoryValueEncoder, ContinuousValueEncoder, GeneEncoder, PositionalEncoding
@@ -59,6 +60,32 @@ def test_domains_keep_their_own_statistics():
     norm.bns[0].weight.data.fill_(3)
     norm.reset_parameters()
     assert torch.equal(norm.bns[0].weight, torch.ones(4))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", [lambda: BatchNorm1d(4), lambda: DomainSpecificBatchNorm1d(4, 2)])
+def test_norms_of_half_precision_keep_float32_statistics(make, training):
+    """As DeepSpeed leaves a model: weights of half precision, buffers as they were."""
+    half, whole, x = make().train(training), make().train(training), torch.randn(64, 4) * 3 + 1
+    for parameter in half.parameters():
+        parameter.data = parameter.data.bfloat16()
+    label = (1,) if isinstance(half, DomainSpecificBatchNorm1d) else ()
+    found = half(x.bfloat16().requires_grad_(), *label)
+    found.float().square().sum().backward()
+    torch.testing.assert_close(found.float(), whole(x.bfloat16().float(), *label), atol=0.05, rtol=0.02)
+    for ours, theirs in zip(half.buffers(), whole.buffers(), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs)
+    assert any(bool(parameter.grad.any()) for parameter in half.parameters())
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_batch_norm_is_torchs_own(momentum):
+    ours, theirs = BatchNorm1d(4, momentum=momentum), torch.nn.BatchNorm1d(4, momentum=momentum)
+    for training in (True, True, False):
+        x = torch.randn(6, 4, 5)
+        assert torch.equal(ours.train(training)(x), theirs.train(training)(x))
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))
 
 
 @pytest.mark.parametrize(("norm", "shape", "label"), [

@@ -108,17 +108,16 @@ def test_a_micro_batch_of_another_size_is_told_where_something_depends_on_it(cor
 
 def test_a_checkpoint_of_an_older_version_goes_on_to_the_bit(corpus, uninterrupted, tmp_path):
     """One that knows only what the first version wrote: no digests of tensors, no loss scale, roll-backs, probe."""
-    out = tmp_path / "run"
-    code, errors = runs.train(corpus, out, *SETTINGS, "train.max_steps=40")
-    assert code == 0, errors
-    folder = checkpoint.find(out, "latest")
-    state = {key: value for key, value in runs.state_of(out).items() if key in FIRST_VERSION}
+    out = Path(shutil.copytree(uninterrupted[1], tmp_path / "run"))
+    shutil.rmtree(checkpoint.find(out, str(STEPS)))
+    folder = checkpoint.find(out, "100")
+    state = {key: value for key, value in runs.state_of(out, "100").items() if key in FIRST_VERSION}
     assert len(state) == len(FIRST_VERSION)
     (folder / "state.json").write_bytes(json_bytes(state | {"digests": ["of one rank's tensors"]}))
     runs.sign(folder)
     code, errors = runs.train(corpus, out, *SETTINGS)
     assert code == 0, errors
-    assert "resume" in runs.events(out)
+    assert f"continuing from step 100 of {STEPS}" in errors
     assert_same_run(out, uninterrupted[1])
 
 

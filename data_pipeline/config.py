@@ -114,6 +114,8 @@ class CorpusConfig(Config):
     shards: ShardsConfig = ShardsConfig()
     on_error: Literal["fail", "skip"] = "fail"   # a source that cannot be read ends the build; or is left out, whole
     seed: Seed = 0               # of the shuffle
+    # Who does the work: threads of this process, or Ray, on this machine or a cluster; auto: Ray where its start pays.
+    workers: Literal["auto", "threads", "ray"] = "auto"
 
     @field_validator("columns")
     @classmethod
@@ -129,8 +131,8 @@ class CorpusConfig(Config):
         return GeneVocab.named(str(self.vocab))
 
     def portable(self) -> Mapping[str, Any]:
-        """The resolved configuration as plain values without a folder in it: what the plan hash and manifest hold."""
-        values = self.model_dump(mode="json")
+        """What the plan hash and manifest hold: plain values, no folder among them, nor who does the work."""
+        values = self.model_dump(mode="json", exclude={"workers"})
         for source, config in zip(values["sources"], self.sources, strict=True):
             source["path"] = Location.of(config.path).name
             source["gene_table"] = None if config.gene_table is None else Location.of(config.gene_table).name

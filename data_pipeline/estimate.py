@@ -1,7 +1,7 @@
 """How long a build will take: the first rows of its largest source are built for real, and the seconds scaled up.
 
 Measured on the machine that asks, with its disks and this very source. What it assumes: all values cost what these do,
-Ray keeps every core busy, and its start of some seconds is not counted.
+and every core is kept busy. The start of Ray, some seconds, is not counted.
 """
 import os
 import tempfile

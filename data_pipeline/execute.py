@@ -1,40 +1,35 @@
-"""Build a corpus on Ray: plan, claim the directory, run the passes as Ray tasks, commit.
-
-Tasks hand back small records; cells travel through files only. A task may run twice, even at once: names of unfinished
-files carry the attempt, equal work gives equal bytes, and the record follows the files.
-"""
+"""Build a corpus: plan, claim the directory, run the passes on threads or on Ray, commit."""
 import os
-import secrets
-import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data_pipeline.build_dir import BuildDir, Record, claim, finished
+from data_pipeline.build_dir import BuildDir, claim, finished
 from data_pipeline.commit import commit, refuse_mended
 from data_pipeline.config import CorpusConfig
-from data_pipeline.passes import Job, carry_out, find_or_do, timed
-from data_pipeline.plan import make_plan
+from data_pipeline.estimate import estimate
+from data_pipeline.passes import carry_out, timed
+from data_pipeline.plan import Plan, make_plan
 from data_pipeline.progress import Progress
-from data_pipeline.ray_folder import ray_folder
-from data_pipeline.tasks import Layout
+from data_pipeline.ray_workers import has_started, ray_workers
+from data_pipeline.workers import Threads, Workers, disk_errors
 from scgpt.data import Manifest, verify_corpus
-from scgpt.errors import ConfigError, DataError, ScgptError
+from scgpt.errors import ConfigError, DataError
 
-_OBJECT_STORE_BYTES = 80 << 20   # records are small; the least that Ray takes is 75 MiB
-_CONNECT_S = 10.0                # for the head of a cluster to answer
-_RETRIES = 5                     # of a task whose worker was lost; a task that raises is not tried again
-_IN_FLIGHT = 4                   # tasks handed to Ray for each CPU
+# Starting Ray costs some 10 s of CPU; what threads lose to the interpreter's lock is less than that below this much
+# work of one core.
+_RAY_PAYS_S = 60.0
+_VALUE_S = 4e-8, 1e-6   # of one core for a stored value, from the plainest source to the slowest: a sample tells more
 
 
 @dataclass(frozen=True, slots=True)
 class BuildResult:
-    """A finished corpus, and how long the stages took: plan, tokenise, duplicates, merge, commit."""
+    """A finished corpus, who did the work, and how long the stages took: plan, tokenise, duplicates, merge, commit."""
 
     manifest: Manifest
     seconds: Mapping[str, float]   # empty where the corpus was complete already
+    workers: str = ""              # likewise
 
 
 def build(config: CorpusConfig, out: Path, *, ray_address: str | None = None, fresh: bool = False,
@@ -42,9 +37,10 @@ def build(config: CorpusConfig, out: Path, *, ray_address: str | None = None, fr
     """Make the corpus of `config` in the directory `out`, or finish it; a complete one is checked and left alone.
 
     Args:
-        config: what goes into the corpus.
+        config: what goes into the corpus, and who does the work.
         out: its directory; every node of the cluster must see it.
-        ray_address: a Ray cluster to join; None: RAY_ADDRESS, else a local one that ends with the build ("local").
+        ray_address: a Ray cluster to join, "local" for one that starts and ends with the build; None: RAY_ADDRESS, else
+            as `config.workers` says.
         fresh: replace what another build has left in `out`.
         progress: where to tell how far it is.
 
@@ -60,12 +56,12 @@ def build(config: CorpusConfig, out: Path, *, ray_address: str | None = None, fr
             manifest = _verified(out)
             refuse_mended(plan, manifest)
             return BuildResult(manifest, {})
-        with _ray(ray_address or os.environ.get("RAY_ADDRESS"), directory) as workers, progress:
+        with _workers(plan, directory, ray_address) as workers, progress:
             results = carry_out(directory, plan, workers, progress, seconds)
-        with timed(seconds, "commit"), _disk_errors(out):
+        with timed(seconds, "commit"), disk_errors(out):
             manifest = commit(directory, plan, results, timing={
-                "seconds": {name: round(value, 3) for name, value in seconds.items()}})
-    return BuildResult(manifest, seconds)
+                "workers": str(workers), "seconds": {name: round(value, 3) for name, value in seconds.items()}})
+    return BuildResult(manifest, seconds, str(workers))
 
 
 def _verified(out: Path) -> Manifest:
@@ -76,138 +72,22 @@ def _verified(out: Path) -> Manifest:
         raise
 
 
-class RayWorkers:
-    """The tasks of a pass on Ray; a bounded number is with Ray at once."""
-
-    def __init__(self, ray: Any, out: Path) -> None:
-        self._ray, self._out = ray, out
-        self._pending: dict[Any, int] = {}   # reference of a task -> place of its job
-        self._in_flight = _IN_FLIGHT * max(int(ray.cluster_resources().get("CPU", 1)), 1)
-
-    def share(self, value: object) -> Any:
-        """See Workers."""
-        return self._ray.put(value)
-
-    def run(self, stage: str, layout: Layout, jobs: Sequence[Job], unit: str, progress: Progress) -> list[Record]:
-        """See Workers. Raises what a task raised; the others go on, see wait."""
-        remote = self._ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(find_or_do)
-        shared = self.share(layout)
-        progress.start(stage, sum(job.units for job in jobs), unit)
-        results: dict[int, Record] = {}
-        waiting = iter(enumerate(jobs))
-        while len(results) < len(jobs):
-            for number, job in _take(waiting, self._in_flight - len(self._pending)):
-                self._pending[remote.remote(job.function, shared, job.task, *job.arguments)] = number
-            for reference in self._ray.wait(list(self._pending), num_returns=1)[0]:
-                number = self._pending.pop(reference)
-                results[number] = self._result(reference)
-                progress.advance(jobs[number].units)
-        progress.finish()
-        return [results[number] for number in range(len(jobs))]
-
-    def wait(self) -> None:
-        """Until no task of ours is at work: they are few and short.
-
-        Never cancelled: Ray 2.60 ends the driver when a task is cancelled whose result is on its way.
-        """
-        if self._pending:
-            self._ray.wait(list(self._pending), num_returns=len(self._pending))
-
-    def _result(self, reference: Any) -> Record:
-        try:
-            result: Record = self._ray.get(reference)
-            return result
-        except self._ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ScgptError):
-                raise error.cause from None
-            with _disk_errors(self._out):
-                raise error.cause from None
-        except self._ray.exceptions.RayError as error:
-            raise DataError(f"a Ray worker was lost for good: {str(error).splitlines()[0]}",
-                            fix="run the same command again: what is finished is kept; if memory was short, "
-                                "lower shards.max_bytes or start fewer workers") from error
+def _workers(plan: Plan, directory: BuildDir, ray_address: str | None) -> AbstractContextManager[Workers]:
+    """Those that the address or the configuration names, else threads where Ray's start would not be earned back."""
+    wish = plan.config.workers
+    if wish == "threads" and ray_address is not None:
+        raise ConfigError("threads of this process shall do the work, and a Ray cluster too", where=ray_address,
+                          fix="leave out --ray-address, or workers: threads")
+    address = ray_address or os.environ.get("RAY_ADDRESS")
+    if wish == "threads" or (wish == "auto" and address is None and not has_started() and not ray_pays(plan)):
+        return nullcontext(Threads(directory.out))
+    return ray_workers(address, directory)
 
 
-def _take(items: Iterator[tuple[int, Job]], number: int) -> Iterator[tuple[int, Job]]:
-    for _, item in zip(range(number), items, strict=False):
-        yield item
-
-
-@contextmanager
-def _ray(address: str | None, directory: BuildDir) -> Iterator[RayWorkers]:
-    """Join the Ray cluster at `address`, or start one on this machine that ends, and leaves nothing, with the block."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")   # only silences a warning
-    address = None if address == "local" else address
-    if address is None:
-        # A token of our own: Ray would otherwise make one in the user's home. Read once a process, so set it once.
-        if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    elif {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ) or (Path.home() / ".ray/auth_token").exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")   # else a driver that joins sends no token
-    import ray
-
-    if ray.is_initialized():   # inside a program that has its own
-        workers = RayWorkers(ray, directory.out)
-        try:
-            yield workers
-        finally:
-            workers.wait()   # the directory is given free after this
-        return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address is not None:
-        _join(ray, address, options)
-        try:
-            _probe(ray, directory)
-            yield RayWorkers(ray, directory.out)
-        finally:
-            ray.shutdown()
-        return
-    with ray_folder() as folder:
-        ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), num_gpus=0, include_dashboard=False,
-                 object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=str(folder), **options)
-        try:
-            yield RayWorkers(ray, directory.out)
-        finally:
-            ray.shutdown()
-
-
-def _join(ray: Any, address: str, options: dict[str, Any]) -> None:
-    """Connect to a cluster. Raises ConfigError where none answers (Ray itself would go on trying for minutes)."""
-    fix = "give --ray-address HOST:PORT as `ray start --head` has it, and RAY_AUTH_TOKEN_PATH if it wants a token"
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    try:
-        if colon and port.isdigit():
-            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
-        ray.init(address=address, **options)
-    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        cause = " ".join(str(error).split())[:200]
-        raise ConfigError(f"no Ray cluster can be joined: {cause}", where=address, fix=fix) from error
-
-
-def _probe(ray: Any, directory: BuildDir) -> None:
-    """Raise DataError unless every node of a cluster sees the directory."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    look = ray.remote(num_cpus=0)(_sees)
-    seen = ray.get([look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-        directory) for node in nodes])
-    blind = [node["NodeManagerAddress"] for node, sees in zip(nodes, seen, strict=True) if not sees]
-    if blind:
-        raise DataError(f"the directory is not visible on {', '.join(blind)}", where=str(directory.out),
-                        fix="give an --out on a file system that all nodes share")
-
-
-def _sees(directory: BuildDir) -> bool:
-    return (directory.path / "plan.json").exists()
-
-
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"the corpus cannot be written: {error.strerror or error}", where=str(out),
-                        fix="free some space or mend the disk, then run the same command again: what is finished "
-                            "is kept") from error
+def ray_pays(plan: Plan) -> bool:
+    """Whether a plan is so much work that it is done sooner on a Ray that has to be started for it."""
+    least, most = (plan.n_values * seconds for seconds in _VALUE_S)
+    if most < _RAY_PAYS_S or least > _RAY_PAYS_S:
+        return least > _RAY_PAYS_S
+    judged = estimate(plan)
+    return judged is None or judged.core_s > _RAY_PAYS_S

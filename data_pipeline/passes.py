@@ -4,11 +4,8 @@ Whoever runs the tasks, the records are the same. What an earlier build of the s
 records, checked, and not done again.
 """
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,7 +15,7 @@ from data_pipeline.commit import Results
 from data_pipeline.duplicates import HashFile, n_parts
 from data_pipeline.plan import Block, Plan
 from data_pipeline.progress import Progress
-from data_pipeline.quarantine import failure, note_failures, tried
+from data_pipeline.quarantine import failure, note_failures
 from data_pipeline.stores import store_pieces, write_store_piece
 from data_pipeline.tasks import (
     Layout,
@@ -36,28 +33,9 @@ from data_pipeline.tasks import (
     source_task,
     tokenize_to_run,
 )
+from data_pipeline.workers import Job, Workers
 from scgpt.data.schema import expression_dtype, gene_dtype
 from scgpt.errors import SourceError
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One call of a task: `function(layout, *arguments)`."""
-
-    function: Callable[..., Record]
-    task: str                     # name of its record
-    units: int                    # what it adds to the progress
-    arguments: tuple[Any, ...]
-
-
-class Workers(Protocol):
-    """Whoever runs the tasks of a pass."""
-
-    def share(self, value: object) -> Any:
-        """Put a small value where every task can get it, once instead of with each call."""
-
-    def run(self, stage: str, layout: Layout, jobs: Sequence[Job], unit: str, progress: Progress) -> list[Record]:
-        """The result of each job, in their order: found finished, or done now."""
 
 
 def carry_out(directory: BuildDir, plan: Plan, workers: Workers, progress: Progress, seconds: dict[str, float],
@@ -140,12 +118,6 @@ def _sources_to_cut(plan: Plan) -> dict[int, list[int]]:
         if plan.sources[block.source].by_columns:
             firsts.setdefault(block.source, []).append(block.first)
     return {source: rows for source, rows in firsts.items() if len(rows) > 1}
-
-
-def find_or_do(function: Callable[..., Record], layout: Layout, task: str, *arguments: object) -> Record:
-    """In a worker: the record of a finished task whose files are whole, else that of doing it."""
-    record = layout.build.read_record(task)
-    return tried(partial(function, layout, *arguments), layout.config.on_error) if record is None else record
 
 
 @contextmanager

@@ -97,8 +97,10 @@ def data_build(args: argparse.Namespace) -> Answer:
 
     config = load_config(CorpusConfig, args.config, args.overrides, kind="corpus")
     result = build(config, args.out, ray_address=args.ray_address, fresh=args.fresh)
-    value = corpus_summary(result.manifest) | {"corpus": str(args.out), "seconds": result.seconds}
-    return Answer(f"{args.out}: {describe_corpus(value)}", value)
+    value = corpus_summary(result.manifest) | {
+        "corpus": str(args.out), "seconds": result.seconds, "workers": result.workers}
+    done_by = f"; built by {result.workers}" if result.workers else "; it was complete"
+    return Answer(f"{args.out}: {describe_corpus(value)}{done_by}", value)
 
 
 def data_verify(args: argparse.Namespace) -> Answer:
@@ -319,7 +321,7 @@ def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     cmd = add("build", data_build, "build a corpus", "scgpt data build demo --out corpus")
     _config(cmd)
     _out(cmd, "folder of the corpus; an interrupted build is continued")
-    cmd.add_argument("--ray-address", metavar="A", help="join this Ray cluster instead of starting Ray here")
+    cmd.add_argument("--ray-address", metavar="A", help="join this Ray cluster; `local`: one that ends with the build")
     cmd.add_argument("--fresh", action="store_true", help="begin anew where an interrupted build of another plan lies")
     cmd = add("peek", data_peek, "what a step trains on: its cells, and a digest that no world size changes",
               "scgpt data peek demo data.corpus=corpus --step 7")

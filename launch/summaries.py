@@ -56,7 +56,7 @@ def _describe_time(time: "Estimate | None") -> str:
     if time is None:
         return "time: not estimated, no source lets a few rows be read on their own"
     return (f"time: about {_duration(time.wall_s)} on the {time.cores} cores of this machine, {_duration(time.core_s)} "
-            f"of one; judged by the first {time.cells:,} cells of {time.source}, without Ray's start")
+            f"of one; judged by the first {time.cells:,} cells of {time.source}, without starting Ray")
 
 
 def _limits(plan: "Plan") -> dict[str, Any]:

@@ -97,10 +97,10 @@ def test_torch_is_imported_at_module_level_only_by_the_model_and_the_losses():
     assert not wrong, "\n".join(wrong)
 
 
-def test_only_execute_imports_ray():
+def test_only_ray_workers_imports_ray():
     wrong = [f"{path.relative_to(ROOT)}:{line}" for package in sorted(PACKAGES) for path in modules(package)
              for name, line in imports(path) if name.split(".")[0] == "ray"
-             and path != ROOT / "data_pipeline" / "execute.py"]
+             and path != ROOT / "data_pipeline" / "ray_workers.py"]
     assert not wrong, "\n".join(wrong)
 
 

@@ -15,10 +15,11 @@ from scipy import sparse
 from data_pipeline.build_dir import Record, claim
 from data_pipeline.commit import commit
 from data_pipeline.config import CorpusConfig
-from data_pipeline.passes import Job, carry_out, find_or_do
+from data_pipeline.passes import carry_out
 from data_pipeline.plan import make_plan
 from data_pipeline.progress import Progress
 from data_pipeline.tasks import Layout
+from data_pipeline.workers import Job, find_or_do
 from scgpt.config import validate
 from scgpt.data import Manifest, TokenDataset
 from scgpt.vocab import SPECIAL_TOKENS, GeneVocab
@@ -99,7 +100,7 @@ def config_of(*sources: Any, **settings: Any) -> CorpusConfig:
 
 
 class Here:
-    """The tasks of a build one after the other in this process, in a given order: what Ray's order must not change."""
+    """The tasks of a build one after the other, in a given order: what the order of other workers must not change."""
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed, self.calls = seed, list[str]()
@@ -117,7 +118,7 @@ class Here:
 
 
 def build_here(config: CorpusConfig, out: Path, *, workers: Here | None = None, fresh: bool = False) -> Manifest:
-    """A build as `execute.build` does it, with `Here` in Ray's place."""
+    """A build as `execute.build` does it, with `Here` as its workers."""
     plan = make_plan(config)
     with claim(out, plan, fresh=fresh) as directory:
         return commit(directory, plan, carry_out(directory, plan, workers or Here(), Progress(), {}), timing={})

@@ -47,7 +47,7 @@ def test_the_keys_that_scripts_rely_on_have_these_defaults(tmp_path: Path) -> No
                   "duplicate_min_genes": 20, "expression_kind": "counts"},
         "splits": {"valid": 0.03, "by": "cell", "seed": 0},
         "shards": {"form": "arrow", "max_bytes": 512 << 20, "compression": "none", "shuffle": True},
-        "on_error": "fail", "seed": 0}
+        "on_error": "fail", "seed": 0, "workers": "auto"}
 
 
 @pytest.mark.parametrize("override", ["cells.min_gene=3", "splits.by=tissue", "shards.max_bytes=3", "splits.valid=2",

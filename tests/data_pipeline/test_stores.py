@@ -132,18 +132,21 @@ from data_pipeline.execute import build
 from scgpt.config import validate
 from scgpt.data import zarr_format
 plan.BLOCK_VALUES, zarr_format.CHUNK_ITEMS = 20_000, 5000
-build(validate(CorpusConfig, {"sources": sys.argv[2:], "cells": {"min_genes": 1},
+build(validate(CorpusConfig, {"sources": sys.argv[2:3], "cells": {"min_genes": 1},
+                              "workers": sys.argv[3],
                               "shards": {"form": "zarr", "compression": "lz4", "max_bytes": "64KiB"}}),
       Path(sys.argv[1]))
 """
 
 
 @pytest.mark.slow
-def test_kill_9_while_stores_are_written_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", ["threads", "ray"])
+def test_kill_9_while_stores_are_written_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         workers: str) -> None:
     monkeypatch.setattr(planning, "BLOCK_VALUES", 20_000)
     monkeypatch.setattr("scgpt.data.zarr_format.CHUNK_ITEMS", 5000)
     build_here(config_of(CHR21, shards=settings("zarr", "lz4")), tmp_path / "whole")
-    out, command = tmp_path / "out", [sys.executable, "-c", DRIVER, str(tmp_path / "out"), str(CHR21)]
+    out, command = tmp_path / "out", [sys.executable, "-c", DRIVER, str(tmp_path / "out"), str(CHR21), workers]
     with tempfile.TemporaryDirectory(prefix="s-", dir="/tmp", ignore_cleanup_errors=True) as folder:   # short, for Ray
         environment = os.environ | {"TMPDIR": folder}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,

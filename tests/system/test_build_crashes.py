@@ -1,7 +1,7 @@
 """What befalls a build from outside: sources that change, disks that refuse, kill -9 at the worst moments.
 
 Each ends in one sentence or a dead process; the same command then makes the corpus of an uninterrupted build, byte for
-byte, and nothing of ours is left: no process, no folder of Ray.
+byte, and nothing of ours is left: no process, no folder of Ray. On threads and on Ray alike.
 """
 import os
 import shutil
@@ -58,13 +58,13 @@ def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 class Build:
     """Two atlases, one of them stored by columns, and builds of them."""
 
-    def __init__(self, folder: Path, temporary: Path) -> None:
+    def __init__(self, folder: Path, temporary: Path, workers: str) -> None:
         self.folder, self.temporary, self.out = folder, temporary, folder / "corpus"
         self.atlases = [write_h5ad(folder / f"atlas{i}.h5ad", form(random_counts(i, 2500, 400, 0.1)))
                         for i, form in enumerate((sparse.csr_matrix, sparse.csc_matrix))]
         self.config = folder / "corpus.yaml"
         self.config.write_text("sources: ['atlas*.h5ad']\ncells: {min_genes: 10}\nsplits: {valid: 0.2}\n"
-                               "shards: {max_bytes: 512KiB}\n")
+                               f"shards: {{max_bytes: 512KiB}}\nworkers: {workers}\n")
 
     def start(self, *, out: Path | None = None, kill_at: str = "") -> "subprocess.Popen[str]":
         words = ["data", "build", str(self.config), "--out", str(out or self.out)]
@@ -117,9 +117,9 @@ def _with_environment(mark: bytes) -> Iterator[str]:
                 yield (process / "cmdline").read_text()
 
 
-@pytest.fixture
-def build(tmp_path: Path, temporary: Path) -> Build:
-    return Build(tmp_path, temporary)
+@pytest.fixture(params=["threads", "ray"])
+def build(tmp_path: Path, temporary: Path, request: pytest.FixtureRequest) -> Build:
+    return Build(tmp_path, temporary, request.param)
 
 
 def test_a_source_that_is_cut_or_damaged_while_it_is_read(build: Build) -> None:

@@ -150,7 +150,7 @@ def bucket() -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_build_with_ray_from_s3_is_the_local_one(tmp_path: Path, bucket: str, counts: sparse.csr_matrix,
+def test_a_build_from_s3_is_the_local_one_whoever_does_it(tmp_path: Path, bucket: str, counts: sparse.csr_matrix,
                                                    kind: str) -> None:
     import s3fs
 
@@ -159,8 +159,10 @@ def test_a_build_with_ray_from_s3_is_the_local_one(tmp_path: Path, bucket: str, 
     path = KINDS[kind](tmp_path / f"{kind}.{kind}", counts)
     system = s3fs.S3FileSystem()
     system.put(str(path), f"{bucket}/{path.name}", recursive=path.is_dir())
-    config = config_of(f"{bucket}/{path.name}")
+    config = config_of(f"{bucket}/{path.name}", workers="ray")
     build(config, tmp_path / "remote")
+    build(config.model_copy(update={"workers": "threads"}), tmp_path / "threads")
+    assert bytes_of(tmp_path / "remote") == bytes_of(tmp_path / "threads")
     build_here(config_of(path), tmp_path / "local")
     remote, local = bytes_of(tmp_path / "remote"), bytes_of(tmp_path / "local")
     known = [Manifest.read(tmp_path / name).sources[0] for name in ("remote", "local")]

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data import without_ray, write_cells
+from benchmarks.data_sides import pipeline, write_cells
 from pretrain.config import TrainConfig
 from pretrain.corpus import Corpus
 from pretrain.data import BatchTensors, GlobalStep, Loader
@@ -173,7 +173,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_cells(folder / "cells.h5ad", max(200, 8 * options.cells))
-        without_ray(folder / "cells.h5ad", folder / "corpus", 1)
+        pipeline(folder / "cells.h5ad", folder / "corpus", 1)
         model = Path(__file__).resolve().parents[1] / "configs" / "model" / f"{options.model}.yaml"
         (folder / "train.yaml").write_text(f"include: {model}\n")
         config = load_config(TrainConfig, str(folder / "train.yaml"), [

@@ -248,14 +248,6 @@ class TrainConfig(Config):
                "category input needs binned values and two categories more than bins",
                f"set objective.input_style=binned and model.n_input_bins={objective.n_bins + 2}")
 
-    @property
-    def of_micro_batches(self) -> list[str]:
-        """What of a step depends on which cells are computed together; in words, for the user."""
-        model, weights = self.model, self.objective.weights
-        asked = {"dropout": model.dropout or model.attention_dropout, "batch norm": model.domain_spec_batchnorm,
-                 "similarity (ECS)": weights.ecs, "contrast (CCE)": weights.cce}
-        return [name for name, value in asked.items() if value]
-
     def collate_config(self, vocab: GeneVocab | None = None) -> CollateConfig:
         """How cells become batches of this model: categories have special values of their own.
 
@@ -279,6 +271,20 @@ def differences(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
     decisive = ("batch.micro_batch_size",) if config.data.one_domain_batches else ()   # cells are drawn by micro-batch
     keys = [key for key in sorted({*before, *now}) if key in decisive or not key.startswith(MAY_DIFFER)]
     return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)]
+
+
+def other_terms(before: TrainConfig, now: TrainConfig, *, ranks: tuple[int, int]) -> list[str]:
+    """What of a run comes out otherwise because other cells are computed together from here on; in words.
+
+    `ranks`: before and now. A micro-batch keys its dropout and holds what batch norm and ECS see; CCE sees those that
+    all ranks compute at the same time.
+    """
+    model, weights = now.model, now.objective.weights
+    is_other = before.batch.micro_batch_size != now.batch.micro_batch_size
+    asked = {"dropout": is_other and (model.dropout or model.attention_dropout),
+             "batch norm": is_other and model.domain_spec_batchnorm, "ECS": is_other and weights.ecs,
+             "CCE": (is_other or ranks[0] != ranks[1]) and weights.cce}
+    return [name for name, value in asked.items() if value]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.checkpoint import RunState
-from pretrain.config import RunConfig, TrainConfig
+from pretrain.config import RunConfig, TrainConfig, other_terms
 from pretrain.corpus import Corpus
 from pretrain.data import GlobalStep, Loader
 from pretrain.engine import Engine
@@ -110,18 +110,14 @@ class Training:
             self._look_at_embeddings(self.probe)
 
     def _tell_of_other_micro_batches(self, before: TrainConfig) -> None:
-        """Where the run was cut up in another way: what of the curve is not as it would have been."""
-        was, now = before.batch.micro_batch_size, self.config.batch.micro_batch_size
-        together = [was * self.state.world_size, now * self.world.world_size]   # cells that contrast sees at a time
-        others = self.config.of_micro_batches if was != now else []
-        if together[0] != together[1] and self.config.objective.weights.cce and not others:
-            others = ["contrast (CCE)"]
-        if others:
-            text = (f"warning: the micro-batch decides {', '.join(others)}, and it has {now} cells on "
-                    f"{self.world.world_size} rank(s) from here on, not {was} on {self.state.world_size}: the curve is "
-                    "not quite the uninterrupted one")
-            self.log.event("micro_batch_changed", text, step=self.state.step, micro_batch_size=[was, now],
-                           cells_together=together, terms=others)
+        """Warn where the curve cannot be the uninterrupted one."""
+        ranks, size = (self.state.world_size, self.world.world_size), self.config.batch.micro_batch_size
+        terms = other_terms(before, self.config, ranks=ranks)
+        if terms:
+            text = (f"warning: {', '.join(terms)} will differ from the uninterrupted run's: a micro-batch had "
+                    f"{before.batch.micro_batch_size} cells on {ranks[0]} rank(s), and has {size} on {ranks[1]}")
+            self.log.event("micro_batch_changed", text, step=self.state.step, terms=terms,
+                           micro_batch_size=[before.batch.micro_batch_size, size], world_size=list(ranks))
 
     def run(self, *, profile: bool = False) -> int:
         """Train to the end of the run (exit code 0), or until a signal or the time limit (75, after a checkpoint)."""

@@ -1,6 +1,6 @@
 import pytest
 
-from pretrain.config import BatchConfig, TrainConfig, differences
+from pretrain.config import BatchConfig, TrainConfig, differences, other_terms
 from scgpt.config import load_config, shipped_configs
 from scgpt.errors import ConfigError
 from scgpt.vocab import PUBLISHED, GeneVocab
@@ -77,6 +77,19 @@ def test_micro_batches_that_decide_which_cells_are_drawn_may_not_change():
     saved = config_of(*domains).model_dump(mode="json")
     changed = config_of(*domains, "batch.micro_batch_size=2", "data.workers=0")
     assert [line.partition(":")[0] for line in differences(saved, changed)] == ["batch.micro_batch_size"]
+
+
+@pytest.mark.parametrize(("settings", "micro", "ranks", "terms"), [
+    ((), 16, (1, 2), []), (("model.dropout=0.1",), 32, (1, 2), []), (("model.dropout=0.1",), 16, (1, 1), ["dropout"]),
+    (("model.attention_dropout=0.1", "objective.weights.ecs=10"), 16, (2, 2), ["dropout", "ECS"]),
+    (("objective.weights.cce=10",), 32, (2, 2), []), (("objective.weights.cce=10",), 32, (1, 2), ["CCE"]),
+    (("objective.weights.cce=10",), 16, (1, 2), ["CCE"]),   # as many cells, but others
+    (("data.batch_column=source", "model.n_batch_labels=2", "model.domain_spec_batchnorm=batchnorm"), 16, (1, 1),
+     ["batch norm"])])
+def test_what_other_micro_batches_change_is_named(settings, micro, ranks, terms):
+    dry = ("model.dropout=0", "model.attention_dropout=null", "batch.micro_batch_size=32")
+    before = config_of(*dry, *settings)
+    assert other_terms(before, config_of(*dry, *settings, f"batch.micro_batch_size={micro}"), ranks=ranks) == terms
 
 
 def test_one_domain_batches_ask_for_the_domain():

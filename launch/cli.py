@@ -17,6 +17,7 @@ from typing import Any
 
 from launch.summaries import corpus_summary, describe_corpus, describe_plan, plan_summary
 from launch.words import count, path, seed, size
+from pretrain.progress import say
 from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, explain
 
 CONFIG_KINDS = ("corpus", "model", "pretrain")
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         answer = args.run(args)
     except KeyboardInterrupt:
-        _say("interrupted: the same command continues")
+        say("interrupted: the same command continues")
         return EXIT_INTERRUPTED
     except Exception as found:
         error = explain(found)
@@ -53,17 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if args.debug:
             traceback.print_exc()
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return error.exit_code
     try:
         print(json.dumps(answer.value, allow_nan=False) if args.json else answer.text, flush=True)  # noqa: T201 the answer
     except BrokenPipeError:   # whoever reads has seen enough; nothing is left to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(answer.exit_code)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)  # noqa: T201
 
 
 def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import os
 import traceback
 from collections.abc import Sequence
 
+from pretrain.progress import say
 from scgpt.errors import ConfigError, ScgptError, explain
 
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             traceback.print_exc()
         if rank == 0 or not _is_of_all_ranks(found):
-            sys.stderr.write(f"error: {f'rank {rank}: ' if rank else ''}{error}\n")
+            say(f"error: {f'rank {rank}: ' if rank else ''}{error}")
         return error.exit_code
 
 

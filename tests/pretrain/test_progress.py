@@ -91,6 +91,16 @@ def test_a_stderr_that_nobody_reads_any_more_ends_no_run(bar):
     assert process.returncode == 0
 
 
+@pytest.mark.parametrize("words", [["-m", "launch.cli", "train"], ["pretrain/train.py"]])
+def test_an_exit_code_is_the_same_when_nobody_reads_the_error(words):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, *words, "demo", "data.corpus=none", "train.max_steps=0"], stderr=writing,
+                          cwd=runs.ROOT, env=os.environ | {"PYTHONPATH": str(runs.ROOT)}, check=False)
+    os.close(writing)
+    assert done.returncode == 2
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")  # noqa: PTH110
 def test_a_log_on_a_full_disk_ends_no_run():
     with open("/dev/full", "w") as full:  # noqa: PTH123

@@ -27,6 +27,7 @@ SYMBOL, ENSEMBL = "symbol", "ensembl"
 ENSEMBL_ID = re.compile(r"(?:(?P<symbol>[^|]+)[_|])?(?P<id>ENS(?P<species>[A-Z]{0,6})G\d{11})(?:\.\d+)?(?:_PAR_Y)?"
                         r"(?:\|.*)?")
 _MITOCHONDRIAL = "MT-"
+_SHOWN = 60           # letters of a name in a message
 _MOUSE_SHARE = 0.05   # of the tokens of a vocabulary that may be asked for mouse genes
 HUMAN, MOUSE = "human", "mouse"
 
@@ -177,7 +178,7 @@ def _refusal(source: Source, vocab: GeneVocab, best: GeneMap, gene_column: str, 
     names = source.gene_names(best.column)
     found = f"{best.n_mapped} of {len(names)} genes ({best.overlap:.1%}) are in the vocabulary"
     where = f"{source.path}, gene names from '{best.column}'"
-    example = f"such as {names[0]}" if names else "no genes"
+    example = f"such as {names[0][:_SHOWN]}" if names else "no genes"
     columns = source.gene_columns() if gene_column == AUTO else [best.column]
     species = next(filter(None, (species_of(source.gene_names(column)) for column in columns)), None)
     expected = species_of([*vocab])

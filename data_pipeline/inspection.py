@@ -12,7 +12,8 @@ from data_pipeline.cells import as_text
 from data_pipeline.config import GenesConfig
 from data_pipeline.genes import map_source, match_genes
 from data_pipeline.sources.base import Source, are_counts, describe_values
-from data_pipeline.sources.kinds import open_source
+from data_pipeline.sources.hdf5_structure import check_structure
+from data_pipeline.sources.kinds import is_kind, open_source
 from data_pipeline.sources.location import Location
 from scgpt.data.corpus_files import CorpusFiles
 from scgpt.data.manifest import MANIFEST, Manifest
@@ -27,8 +28,9 @@ Facts = dict[str, Any]
 
 
 def inspect(place: Path | str, vocab: GeneVocab, *, gene_table: str | None = None) -> Facts:
-    """What is in a corpus, where there is a manifest, else in an atlas; see below."""
-    if (Location.of(place) / MANIFEST).exists():
+    """What is in a corpus, where there is a manifest (scBank has one of its own), else in an atlas; see below."""
+    location = Location.of(place)
+    if (location / MANIFEST).exists() and not is_kind("scbank", location):
         return inspect_corpus(place)
     return inspect_source(place, vocab, gene_table=gene_table)
 
@@ -88,6 +90,8 @@ def inspect_source(place: Path | str, vocab: GeneVocab, *, gene_table: str | Non
     the file is no atlas; a matrix or a column that cannot be read is told in its place.
     """
     location = Location.of(place)
+    known = location.fingerprint()
+    check_structure(location)
     with open_source(location, gene_table=gene_table) as source:
         matrices = {source.layer: _matrix(source)}
         for layer in source.other_matrices():
@@ -96,7 +100,7 @@ def inspect_source(place: Path | str, vocab: GeneVocab, *, gene_table: str | Non
                     matrices[layer] = _matrix(other)
             except ScgptError as error:
                 matrices[layer] = {"unreadable": str(error)}
-        return {"kind": source.kind, "name": source.name, "bytes": location.fingerprint().bytes,
+        return {"kind": source.kind, "name": source.name, "bytes": known.bytes,
                 "cells": source.n_cells, "genes": source.n_genes, "layer": source.layer, "matrices": matrices,
                 "gene_columns": _gene_columns(source, vocab), "obs": _obs_columns(source),
                 "obs_cells": min(source.n_cells, _OBS_CELLS), "remarks": source.remarks(),
@@ -145,6 +149,8 @@ def _obs_columns(source: Source) -> Facts:
 
 def _refusal(source: Source, vocab: GeneVocab) -> str | None:
     """Why a build with the defaults would refuse the source; None: it would not."""
+    if not source.n_cells:
+        return "it holds no cells"
     try:
         map_source(source, vocab, min_gene_overlap=GenesConfig().min_gene_overlap)
         values = source.probe()

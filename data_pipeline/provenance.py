@@ -22,6 +22,7 @@ from data_pipeline.config import CellsConfig, SourceConfig
 from data_pipeline.genes import map_source
 from data_pipeline.plan import row_blocks
 from data_pipeline.sources.base import Source
+from data_pipeline.sources.hdf5_structure import check_structure
 from data_pipeline.sources.kinds import open_source
 from data_pipeline.sources.location import Location
 from data_pipeline.tokenization import tokenize_block
@@ -106,6 +107,7 @@ def _cells_with(files: CorpusFiles, manifest: Manifest, column: str,
 def _file_seen(files: CorpusFiles, manifest: Manifest, location: Location, sample: int | None,
                gene_table: str | None) -> Seen:
     config = _settings_of(manifest, location)
+    check_structure(location)
     with open_source(location, kind=config.kind, layer=config.layer, gene_table=gene_table) as source:
         layer, groups = source.layer, _groups_of(source, config)
         hashes = _hashes_of(source, files, manifest, config, sample)

@@ -13,6 +13,8 @@ from data_pipeline.genes import ENSEMBL_ID, HUMAN, MOUSE, gene_tables, species_o
 from data_pipeline.plan import expand
 from data_pipeline.sources import Source, open_source
 from data_pipeline.sources.base import AUTO
+from data_pipeline.sources.hdf5_structure import check_structure
+from data_pipeline.sources.location import Location
 from scgpt.config import load_config, validate
 from scgpt.errors import ConfigError, SourceError
 from scgpt.vocab import SPECIAL_TOKENS, GeneVocab
@@ -71,8 +73,7 @@ def build_vocab(sources: Sequence[SourceConfig], *, species: str = AUTO, min_sou
     species = _common_species(sources) if species == AUTO else species
     found = []
     for location, config in expand(sources):
-        with open_source(location, name=config.name, kind=config.kind, layer=config.layer,
-                         gene_table=config.gene_table) as source:
+        with _open(location, config) as source:
             found.append(_genes_of(source, config.gene_column, species))
     times = Counter(token for genes in found for token in genes.tokens)
     kept = sorted(token for token, count in times.items() if count >= min_sources)
@@ -91,12 +92,16 @@ def publish_vocab(vocab: GeneVocab, out: Path) -> None:
     vocab.save_json(out)
 
 
+def _open(location: Location, config: SourceConfig) -> Source:
+    check_structure(location)
+    return open_source(location, name=config.name, kind=config.kind, layer=config.layer, gene_table=config.gene_table)
+
+
 def _common_species(sources: Sequence[SourceConfig]) -> str:
     """What most names of all sources are; ConfigError when two sources differ."""
     seen: dict[str, str] = {}
     for location, config in expand(sources):
-        with open_source(location, name=config.name, kind=config.kind, layer=config.layer,
-                         gene_table=config.gene_table) as source:
+        with _open(location, config) as source:
             columns = source.gene_columns() if config.gene_column == AUTO else [config.gene_column]
             told = next(filter(None, (species_of(source.gene_names(column)) for column in columns)), None)
         if told is not None:

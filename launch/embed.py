@@ -82,12 +82,17 @@ def embed_file(release: Path, source_path: Path, out: Path, *, seed: int = 0, de
     """
     from data_pipeline.genes import map_source
     from data_pipeline.sources import open_source
+    from data_pipeline.sources.hdf5_structure import check_structure
+    from data_pipeline.sources.location import Location
 
     if not out.parent.is_dir():
         raise ConfigError("there is no such folder", where=str(out.parent), fix="make it, or give another --out")
     if out.is_dir():
         raise ConfigError("a folder is there", where=str(out), fix="give the path of a file to write")
-    with _advice(_FIX_VALUES), open_source(source_path, name=SOURCE_NAME, kind="h5ad") as source:
+    location = Location.of(source_path)
+    location.check()
+    check_structure(location)
+    with _advice(_FIX_VALUES), open_source(location, name=SOURCE_NAME, kind="h5ad") as source:
         if out.exists() and out.samefile(source_path):
             raise ConfigError("the input would be overwritten", where=str(out), fix="give another --out")
         embedder = load_embedder(release, device)

@@ -2,6 +2,7 @@
 from typing import Any
 
 Facts = dict[str, Any]
+_SHOWN = 60   # letters of a name or a value
 
 
 def describe_facts(facts: Facts) -> str:
@@ -52,10 +53,16 @@ def _values(column: Facts) -> str:
     if "range" in column:
         low, high = column["range"]
         return f"{low:.6g} to {high:.6g}" + (f"; {column['missing']:,} cells without" if column["missing"] else "")
-    commonest = ", ".join(f"{value} {cells:,}" for value, cells in column["commonest"].items())
+    commonest = ", ".join(f"{_short(value)} {cells:,}" for value, cells in column["commonest"].items())
     more = f" and {column['values'] - len(column['commonest']):,} more" if column["values"] > len(
         column["commonest"]) else ""
     return f"{commonest}{more}" + (f"; {column['missing']:,} cells without" if column["missing"] else "")
+
+
+def _short(text: str) -> str:
+    """In one line, whatever an atlas holds."""
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _source(facts: Facts) -> list[str]:
@@ -67,11 +74,12 @@ def _source(facts: Facts) -> list[str]:
                 f"{matrix['looks_like']}; {matrix['values']:,} stored values of {matrix['genes']:,} genes")
         lines.append(f"matrix {layer}{used}: {told}")
     for column, genes in facts["gene_columns"].items():
-        lines.append(f"genes in {column}: {genes['style']} such as {', '.join(genes['examples'])}; {genes['mapped']:,} "
-                     f"in the vocabulary ({genes['overlap']:.1%}, {genes['renamed']:,} under another name)")
+        examples = ", ".join(map(_short, genes["examples"]))
+        lines.append(f"genes in {column}: {genes['style']} such as {examples}; {genes['mapped']:,} in the vocabulary "
+                     f"({genes['overlap']:.1%}, {genes['renamed']:,} under another name)")
     for column, values in facts["obs"].items():
         kind = f" ({values['type']})" if "type" in values else ""
-        lines.append(f"obs {column}{kind}: {_values(values)}")
+        lines.append(f"obs {_short(column)}{kind}: {_values(values)}")
     if facts["obs_cells"] < facts["cells"]:
         lines.append(f"(obs of the first {facts['obs_cells']:,} cells)")
     lines += facts["remarks"]

@@ -24,7 +24,8 @@ class ScgptError(Exception):
 
     def __str__(self) -> str:
         text = self.what if self.where is None else f"{self.what} ({self.where})"
-        return text if self.fix is None else f"{text}; {self.fix}"
+        text = text if self.fix is None else f"{text}; {self.fix}"
+        return " ".join(text.splitlines())   # of a name with line breaks in it
 
     def __reduce__(self) -> tuple[object, ...]:
         """Keep all three parts across process borders (Ray pickles exceptions)."""

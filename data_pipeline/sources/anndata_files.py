@@ -105,10 +105,7 @@ class AnnDataFile(Source):
             return [INDEX, *(name for name in elements.column_names(self._var) if elements.is_text(self._var, name))]
 
     @override
-    def gene_names(self, column: str = INDEX) -> list[str]:
-        if column not in (columns := self.gene_columns()):
-            raise ConfigError(f"there is no gene column '{column}'", where=str(self.path),
-                              fix=f"choose one of: {', '.join(columns)}")
+    def _names_in(self, column: str) -> list[str]:
         with self._reading(f"var, {column}"):
             key = elements.index_name(self._var) if column == INDEX else column
             names = elements.read_column(self._var, key, 0, self.n_genes).cast(pa.string()).to_pylist()

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from data_pipeline.sources.location import Location
+from scgpt.errors import ConfigError
 
 INDEX = "index"                  # stands for the names of the genes (var_names), beside the columns of var
 X, RAW, AUTO = "X", "raw", "auto"
@@ -38,9 +39,17 @@ class Source(ABC):
     def gene_columns(self) -> list[str]:
         """Where gene identifiers may be found: INDEX first, then the text columns of var."""
 
-    @abstractmethod
     def gene_names(self, column: str = INDEX) -> list[str]:
-        """The identifiers of the matrix's columns, (n_genes,), from one of `gene_columns()`."""
+        """The identifiers of the matrix's columns, (n_genes,); ConfigError for what is none of `gene_columns()`."""
+        columns = self.gene_columns()
+        if column not in columns:
+            raise ConfigError(f"there is no gene column '{column}'", where=str(self.path),
+                              fix=f"choose one of: {', '.join(columns)}")
+        return self._names_in(column)
+
+    @abstractmethod
+    def _names_in(self, column: str) -> list[str]:
+        """The same, from a column that is there."""
 
     @abstractmethod
     def obs_columns(self) -> list[str]:

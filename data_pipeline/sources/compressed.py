@@ -33,10 +33,12 @@ class StoredMatrix:
 
     def check(self) -> None:
         """Look at the types of the arrays, their lengths, and where the first row begins and the last ends."""
-        elements.check_numbers(self.data)
-        for array in (self.indices, self.indptr):
-            elements.check_numbers(array, kinds="ui")
-        lengths = {key: int(getattr(self, key).shape[0]) for key in ("data", "indices", "indptr")}
+        arrays = {"data": self.data, "indices": self.indices, "indptr": self.indptr}
+        for key, array in arrays.items():
+            if not elements.is_array(array) or len(array.shape) != 1:
+                raise ValueError(f"'{key}' is no list of numbers")
+            elements.check_numbers(array, kinds="buif" if key == "data" else "ui")
+        lengths = {key: int(array.shape[0]) for key, array in arrays.items()}
         if lengths["data"] != lengths["indices"] or lengths["indptr"] != self.n_major + 1:
             raise ValueError(f"a sparse matrix of {self.n_major} rows with {lengths['data']} values, "
                              f"{lengths['indices']} indices and {lengths['indptr']} boundaries")

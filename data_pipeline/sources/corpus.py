@@ -30,9 +30,12 @@ class Corpus(Source):
     def __init__(self, path: Location, name: str) -> None:
         self.path, self.name, self.layer = path, name, X
         manifest = Manifest.read(path.url)
-        self._splits = [TokenDataset.open(path.url, split) for split in manifest.splits]
-        self._before = np.cumsum([0, *map(len, self._splits)])   # (splits + 1,) rows
-        self.genes = GeneTable.of(dict(self._splits[0].vocab.get_stoi()))
+        with reading(path, "splits"):
+            if not manifest.splits:
+                raise ValueError("it has no split")
+            self._splits = [TokenDataset.open(path.url, split) for split in manifest.splits]
+            self._before = np.cumsum([0, *map(len, self._splits)])   # (splits + 1,) rows
+            self.genes = GeneTable.of(dict(self._splits[0].vocab.get_stoi()))
         self.n_cells, self.n_genes = int(self._before[-1]), self.genes.n_genes
         with reading(path, "what is known of the cells"):
             files = tuple(path / part.obs.file for split in manifest.splits.values() for part in split.parts)
@@ -53,8 +56,6 @@ class Corpus(Source):
 
     @override
     def check_content(self) -> None:
-        if self.path.is_remote:   # an object store keeps checksums of its own, and reading all of it has a price
-            return
         try:
             verify_corpus(self.path.url)
         except DataError as error:
@@ -69,10 +70,8 @@ class Corpus(Source):
         return [INDEX]
 
     @override
-    def gene_names(self, column: str = INDEX) -> list[str]:
-        if column != INDEX:
-            raise ConfigError(f"there is no gene column '{column}'", where=str(self.path), fix="choose one of: index")
-        return self.genes.columns[INDEX]
+    def _names_in(self, column: str) -> list[str]:
+        return self.genes.columns[column]
 
     @override
     def obs_columns(self) -> list[str]:
@@ -89,7 +88,8 @@ class Corpus(Source):
 
     @override
     def value_offsets(self, first: int, last: int) -> NDArray[np.int64]:
-        lengths = [split.lengths_of(rows) for split, rows in self._parts(first, last, last - first)]
+        with reading(self.path, f"rows {first} to {last}"):
+            lengths = [split.lengths_of(rows) for split, rows in self._parts(first, last, last - first)]
         return np.concatenate([[0], np.cumsum(np.concatenate([np.zeros(0, np.int64), *lengths]))]).astype(np.int64)
 
     @override

@@ -22,12 +22,12 @@ def is_array(element: Element) -> bool:
 
 
 def column_names(frame: Frame) -> list[str]:
-    """The columns of obs or var, in their order, without the index."""
+    """The columns of obs or var, in their order, without the index; one that is named but missing among them."""
     if is_array(frame):
         return [name for name in frame.dtype.names or () if name != index_name(frame)]
     hidden = {index_name(frame), "__categories"}
     order = [_text(name) for name in frame.attrs.get("column-order", ())]
-    return [*(name for name in order if name in frame), *sorted(set(frame) - set(order) - hidden)]
+    return [*dict.fromkeys(order), *sorted(set(frame) - set(order) - hidden)]
 
 
 def index_name(frame: Frame) -> str:
@@ -48,7 +48,11 @@ def n_rows(frame: Frame) -> int:
 
 def column_length(frame: Frame, name: str) -> int:
     """Rows of one column; a well-formed frame has the same number in all of them."""
-    return int(frame.shape[0]) if is_array(frame) else _length(frame[name])
+    if is_array(frame):
+        return int(frame.shape[0])
+    if name not in frame:
+        raise ValueError(f"the column '{name}' is named among the columns, but missing")
+    return _length(frame[name])
 
 
 def read_column(frame: Frame, name: str, first: int, last: int) -> pa.Array:
@@ -75,9 +79,11 @@ def read_column(frame: Frame, name: str, first: int, last: int) -> pa.Array:
 
 
 def is_text(frame: Frame, name: str) -> bool:
-    """Whether a column holds text, told without reading it."""
+    """Whether a column is there and holds text, told without reading it."""
     if is_array(frame):
         return frame.dtype[name].kind in _TEXT
+    if name not in frame:
+        return False
     element = frame[name]
     if is_array(element):
         return element.dtype.kind in _TEXT or "categories" in element.attrs
@@ -150,10 +156,12 @@ def _plain(values: NDArray[np.generic], null: NDArray[np.bool_] | None = None) -
 def _categorical(codes: NDArray[np.integer], categories: pa.Array | NDArray[np.generic]) -> pa.Array:
     held = categories if isinstance(categories, pa.Array) else _plain(categories)
     n_categories = len(held)
-    codes = codes.astype(np.int32)
+    if codes.dtype.kind not in "iu":
+        raise ValueError(f"category codes of the type {codes.dtype}")
+    codes = codes.astype(np.int64)
     if len(codes) and (codes.max() >= n_categories or codes.min() < -1):
         raise ValueError(f"a category code outside the {n_categories} categories")
-    indices = pa.array(codes, mask=codes < 0)
+    indices = pa.array(codes.astype(np.int32), mask=codes < 0)
     if pa.types.is_string(held.type):
         return pa.DictionaryArray.from_arrays(indices, held)
     return held.take(indices)

@@ -2,7 +2,7 @@
 
 A new kind is one line of KINDS and one module whose reader has `open(location, *, name, layer) -> Source`.
 """
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib import import_module
@@ -53,8 +53,7 @@ def open_source(place: Location | Path | str, *, name: str | None = None, kind: 
     is missing, or of no use.
     """
     location = Location.of(place)
-    if not location.exists():
-        raise SourceError("there is no such file", where=str(location), fix="check the path")
+    location.check()
     kind = kind_of(location) if kind == AUTO else kind
     module, _, reader = KINDS[kind].reader.partition(":")
     if gene_table is not None and not KINDS[kind].ids:
@@ -65,6 +64,15 @@ def open_source(place: Location | Path | str, *, name: str | None = None, kind: 
     return cast(Source, opened)
 
 
+def is_kind(kind: str, location: Location) -> bool:
+    """Whether a folder holds what tells this kind."""
+    return _holds(kind, location.names())
+
+
+def _holds(kind: str, names: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for name in names for pattern in KINDS[kind].holds)
+
+
 def kind_of(location: Location) -> str:
     """The kind of a source by its name, else by what lies in the folder; SourceError when neither says it."""
     found = location.name.lower()
@@ -72,8 +80,8 @@ def kind_of(location: Location) -> str:
         if found.endswith(known.suffixes or ("\0",)):
             return kind
     within = location.names()
-    for kind, known in KINDS.items():
-        if any(fnmatch(name, pattern) for name in within for pattern in known.holds):
+    for kind in KINDS:
+        if _holds(kind, within):
             return kind
     choice = ", ".join(KINDS)
     if location.is_folder():

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from typing_extensions import override
 
-from data_pipeline.sources.base import AUTO, INDEX, Source, X
+from data_pipeline.sources.base import AUTO, Source, X
 from data_pipeline.sources.faults import reading
 from data_pipeline.sources.gene_table import SPECIAL, UNKNOWN, GeneTable
 from data_pipeline.sources.location import Location
@@ -38,6 +38,9 @@ class ListTable(Source):
         with reading(path, "header"):
             self.table: Table = open_table(tuple(files), GENES, path.state())
             self.n_cells = self.table.n_rows
+            for name in self.table.schema.names:
+                if self.table.schema.names.count(name) > 1:
+                    raise ValueError(f"two columns are named '{name}'")
             for column in (GENES, EXPRESSIONS):
                 _check_lists(self.table.schema, column)
             self._categories = _class_labels(self.table.schema)
@@ -65,10 +68,7 @@ class ListTable(Source):
         return list(self.genes.columns)
 
     @override
-    def gene_names(self, column: str = INDEX) -> list[str]:
-        if column not in self.genes.columns:
-            raise ConfigError(f"there is no gene column '{column}'", where=str(self.path),
-                              fix=f"choose one of: {', '.join(self.genes.columns)}")
+    def _names_in(self, column: str) -> list[str]:
         return self.genes.columns[column]
 
     @override
@@ -144,8 +144,8 @@ class ScBank(ListTable):
                               fix="put the vocabulary beside the tables, or give it as gene_table")
         if layer == AUTO:
             with reading(location, _BANK):
-                main = _json(location / _BANK).get("main_data") if _BANK in names else None
-            layer = str(main) if main in tables else next(iter(tables)) if len(tables) == 1 else AUTO
+                main = str(_json(location / _BANK).get("main_data")) if _BANK in names else None
+            layer = main if main in tables else next(iter(tables)) if len(tables) == 1 else AUTO
         _check_layer(layer, list(tables), location)
         return cls(location, tables, gene_table or location / _BANK_VOCAB, name=name, layer=layer)
 
@@ -162,11 +162,15 @@ def _files(path: Location) -> list[Location]:
     if _SPLITS in names:
         with reading(path, _SPLITS):
             splits = [str(split) for split in _json(path / _SPLITS)["splits"]]
-        raise SourceError(f"a dictionary of data sets: {', '.join(splits)}", where=str(path),
-                          fix=f"give them one by one: {path / splits[0] if splits else path}")
+        raise SourceError(f"a dictionary of data sets: {', '.join(splits) or 'none'}", where=str(path),
+                          fix=f"give them one by one: {path / splits[0]}" if splits else "give a data set")
     if _STATE in names:
         with reading(path, _STATE):
-            return [path / str(file["filename"]) for file in _json(path / _STATE)["_data_files"]]
+            listed = [str(file["filename"]) for file in _json(path / _STATE)["_data_files"]]
+            for name in listed:   # nor may it name a file elsewhere, which no check of the folder would see
+                if name not in names:
+                    raise ValueError(f"it lists the file '{name}', which the folder does not hold")
+            return [path / name for name in listed]
     for endings in (PARQUET, ARROW):
         found = [name for name in names if name.endswith(endings)]
         if found:
@@ -178,7 +182,9 @@ def _files(path: Location) -> list[Location]:
 def _json(place: Location) -> dict[str, Any]:
     with place.open() as stream:
         held = json.load(stream)
-    return dict(held)
+    if not isinstance(held, dict):
+        raise ValueError("not a JSON object")   # noqa: TRY004 of a file, not of an argument
+    return held
 
 
 def _check_layer(layer: str, layers: Sequence[str], path: Location) -> None:
@@ -227,6 +233,8 @@ def _to_csr(batch: pa.RecordBatch, genes: GeneTable, first: int, path: Location)
     marker = (places == SPECIAL) | ((places == UNKNOWN) & opens & ~(values >= 0))
     for place in np.flatnonzero((places == UNKNOWN) & ~marker)[:1].tolist():
         row = first + int(np.searchsorted(offsets, place, side="right")) - 1
+        if not pc.list_flatten(lists[0])[place].is_valid:
+            raise ValueError(f"row {row} lacks the id of a gene")
         raise SourceError(f"row {row} holds the id {ids[place]}, which the gene table does not know", where=str(path),
                           fix="give the gene table that belongs to it (gene_table)")
     kept = ~marker

@@ -27,6 +27,7 @@ _STREAM_BYTES = 8 << 20       # a request while a whole remote file is read
 _SUFFIXES = (".datatable.parquet", ".zarr.zip", ".h5ad", ".zarr", ".parquet", ".arrow", ".soma", ".scb", ".mtx.gz",
              ".mtx", ".h5", ".zip", ".gz")
 _HTTP = ("http", "https")
+_ABSENT = (404, 410)   # what a web server answers for what it lacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,22 @@ class Location:
             return Path(self.url).exists()
         with self._access():
             system, path = self._system()
-            return bool(system.exists(path))
+            if self.scheme not in _HTTP:
+                return bool(system.exists(path))
+            try:   # `exists` takes a server that is down, or that refuses, for one that lacks the file
+                system.info(path)
+            except FileNotFoundError as error:
+                if not _is_absent(error):
+                    raise
+                return False
+            return True
+
+    def check(self) -> None:
+        """Raise SourceError where there is nothing, or what is neither a file nor a folder."""
+        if not self.exists():
+            raise SourceError("there is no such file", where=str(self), fix="check the path")
+        if not self.is_remote and not Path(self.url).is_dir():
+            _check_file(Path(self.url))
 
     def is_folder(self) -> bool:
         """Whether it is a folder; a prefix of an object store is one when there is something below it."""
@@ -240,9 +256,7 @@ class Location:
                  if root.is_dir() else [root])
         found = []
         for path in paths:
-            status = path.stat()
-            if not stat.S_ISREG(status.st_mode):   # opening a pipe may never return
-                raise SourceError("it is neither a file nor a folder", where=str(path), fix="give a file")
+            status = _check_file(path)
             name = path.relative_to(root).as_posix() if path != root else root.name
             found.append(Entry(name, status.st_size, str(status.st_mtime_ns)))
         return sorted(found, key=lambda entry: entry.name)
@@ -267,6 +281,8 @@ class Location:
         except ScgptError:
             raise
         except FileNotFoundError as error:
+            if not _is_absent(error):
+                raise self._unreadable(error.__cause__ or error) from error.__cause__
             where = str(self) if self.is_remote or error.filename is None else str(error.filename)
             fix = "check the path" + ("; folders are read from disks and object stores, not from web servers"
                                       if self.scheme in _HTTP else "")
@@ -276,16 +292,26 @@ class Location:
                               fix="in a clone: pip install '.[remote]'" if self.scheme in ("s3", *_HTTP) else
                                   "install it beside fsspec") from error
         except Exception as error:
-            raise SourceError(f"cannot be read: {self.cause(error)}", where=str(self),
-                              fix="check the address, the credentials and the network" if self.is_remote else
-                                  "check the file's permissions") from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: BaseException) -> SourceError:
+        return SourceError(f"cannot be read: {self.cause(error)}", where=str(self),
+                           fix="check the address, the credentials and the network" if self.is_remote else
+                               "check the file's permissions")
 
     def cause(self, error: BaseException) -> str:
         """What an error says, in one line, without the secrets of the URL."""
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        text = " ".join(text.replace(self.url, str(self)).split()).strip("'\"")
+        text = " ".join(text.replace(self.url, str(self)).split())
+        text = text[1:-1] if isinstance(error, KeyError) else text   # it says the key as Python writes it
         text = re.sub(r"//[^/@\s]*@", "//", re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", text))
         return text[:200] or type(error).__name__
+
+
+def _is_absent(error: FileNotFoundError) -> bool:
+    """Whether a file is not there: of a web server, whatever it answered, fsspec says so, and the answer is the cause.
+    """
+    return error.__cause__ is None or getattr(error.__cause__, "status", 0) in _ABSENT
 
 
 def _no_parts(location: Location) -> SourceError:
@@ -298,6 +324,18 @@ def _telling(entries: Sequence[Entry]) -> list[Entry]:
     small = sorted(entries, key=lambda entry: (entry.bytes, entry.name))[:_EDGE_FILES]
     spread = [entries[place * len(entries) // _EDGE_FILES] for place in range(_EDGE_FILES)] if entries else []
     return sorted({entry.name: entry for entry in [*small, *spread]}.values(), key=lambda entry: entry.name)
+
+
+def _check_file(path: Path) -> os.stat_result:
+    """What the system says of a file; SourceError for what is none: opening a pipe may never return."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise SourceError("it is neither a file nor a folder", where=str(path), fix="give a file")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:   # no manifest could name it
+        raise ConfigError("the name is no UTF-8 text", where=ascii(str(path)), fix="rename it") from error
+    return status
 
 
 def _state(entries: Sequence[Entry]) -> str:

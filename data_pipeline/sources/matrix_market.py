@@ -53,6 +53,8 @@ def read_header(stream: IO[bytes]) -> Header:
     if len(sizes) != 3 or not all(size.isdigit() for size in sizes):
         raise ValueError("a MatrixMarket file without its line of three sizes")
     n_rows, n_columns, n_entries = map(int, sizes)
+    if n_entries > n_rows * n_columns:
+        raise ValueError(f"{n_entries:,} entries in a matrix of {n_rows:,} x {n_columns:,}")
     return Header(n_rows, n_columns, n_entries, field)
 
 

@@ -78,13 +78,13 @@ class SomaExperiment(Source):
         return [INDEX, *self._text()]
 
     @override
-    def gene_names(self, column: str = INDEX) -> list[str]:
-        texts = self._text()
-        if column == INDEX and texts:
-            column = next((name for name in _NAMES if name in texts), texts[0])
-        if column not in texts:
-            raise ConfigError(f"there is no gene column '{column}'", where=str(self.path),
-                              fix=f"choose one of: {', '.join(self.gene_columns())}")
+    def _names_in(self, column: str) -> list[str]:
+        if column == INDEX:
+            named = [*(name for name in _NAMES if name in self._text()), *self._text()]
+            if not named:
+                raise SourceError("var holds no column of text that could name its genes", where=str(self.path),
+                                  fix="give an experiment whose genes have names")
+            column = named[0]
         return [name or "" for name in self._var.column(column).cast(pa.string()).to_pylist()]
 
     @override

@@ -58,9 +58,7 @@ class Features:
             genome: the one in use; None: all.
         """
         n_features = len(names[INDEX])
-        told = [*names.values(), *filter(None, (types, genomes))]
-        if any(len(values) != n_features for values in told):
-            raise ValueError("names, types or genomes of features of unequal number")
+        _check_numbers(n_features, *names.values(), *filter(None, (types, genomes)))
         kept = np.ones(n_features, bool)
         left_out: Counter[str] = Counter()
         for values, wanted in ((types, EXPRESSION), (genomes, genome)):
@@ -90,10 +88,7 @@ class TenxSource(Source):
         return list(self.features.genes)
 
     @override
-    def gene_names(self, column: str = INDEX) -> list[str]:
-        if column not in self.features.genes:
-            raise ConfigError(f"there is no gene column '{column}'", where=str(self.path),
-                              fix=f"choose one of: {', '.join(self.features.genes)}")
+    def _names_in(self, column: str) -> list[str]:
         return self.features.genes[column]
 
     @override
@@ -126,7 +121,7 @@ class TenxH5(TenxSource):
             self.layer = X if genome is None else genome
             self._group = file[_V3_GROUP if groups == [_V3_GROUP] else genome or groups[0]]
             self.features = _features(self._group, genome)
-            n_features, self.n_cells = (int(size) for size in self._group["shape"][:])
+            n_features, self.n_cells = _shape_of(self._group)
             self.n_genes = self.features.n_genes
             self._rows = StoredMatrix(self._group["data"], self._group["indices"], self._group["indptr"], self.n_cells,
                                       n_features, "column")
@@ -177,6 +172,11 @@ class TenxH5(TenxSource):
             return self.features.rows(self._rows.rows(first, last))
 
 
+def _check_numbers(n_features: int, *told: Sequence[str]) -> None:
+    if any(len(values) != n_features for values in told):
+        raise ValueError("names, types or genomes of features of unequal number")
+
+
 def check_sizes(n_rows: int, n_cells: int, features: Features, n_barcodes: int) -> None:
     """Raise ValueError unless a matrix of n_rows x n_cells has as many features and barcodes."""
     if (n_rows, n_cells) != (features.n_features, n_barcodes):
@@ -199,6 +199,7 @@ def _genomes_of(group: h5py.Group) -> list[str]:
         return [X]
     genomes = _words(features["genome"][:])
     types = _words(features["feature_type"][:]) if "feature_type" in features else [EXPRESSION] * len(genomes)
+    _check_numbers(len(genomes), types)
     present = dict.fromkeys(genome for genome, kind in zip(genomes, types, strict=True) if kind == EXPRESSION)
     return list(present) or [X]
 
@@ -229,6 +230,14 @@ def _features(group: h5py.Group, genome: str | None) -> Features:
     types = _words(held["feature_type"][:]) if "feature_type" in held else []
     genomes = _words(held["genome"][:]) if genome is not None else []
     return Features.choose(names, types, genomes, genome)
+
+
+def _shape_of(group: h5py.Group) -> tuple[int, int]:
+    """(features, cells)."""
+    held = group["shape"]
+    if held.shape != (2,) or held.dtype.kind not in "ui":
+        raise ValueError("a shape that is not two integers")
+    return int(held[0]), int(held[1])
 
 
 def _bare(name: str, genome: str | None) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import NonNegativeInt, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from scgpt.config import Config
 from scgpt.data.corpus_files import RESTORE, CorpusFiles
@@ -30,16 +30,16 @@ class Entry(Config):
 class BatchEntry(Entry):
     """One record batch of a shard: enough to read it alone, also over a network."""
 
-    offset: int      # bytes from the start of the file to the batch's message
-    first_row: int   # cells of the shard before this batch
-    cells: int
+    offset: NonNegativeInt      # bytes from the start of the file to the batch's message
+    first_row: NonNegativeInt   # cells of the shard before this batch
+    cells: NonNegativeInt
 
 
 class FileEntry(Entry):
     """One file."""
 
-    file: str        # path within the corpus
-    bytes: int
+    file: str   # path within the corpus
+    bytes: NonNegativeInt
     sha256: str
 
 
@@ -50,40 +50,61 @@ class ObsEntry(FileEntry):
 class ShardEntry(Entry):
     """One token file of the Arrow form."""
 
-    file: str        # path within the corpus
-    cells: int
-    tokens: int      # values, `<cls>` not counted
-    bytes: int
+    file: str                # path within the corpus
+    cells: NonNegativeInt
+    tokens: NonNegativeInt   # values, `<cls>` not counted
+    bytes: NonNegativeInt
     sha256: str
     batches: list[BatchEntry]
     obs: ObsEntry
+
+    @model_validator(mode="after")
+    def _batches_follow_each_other(self) -> "ShardEntry":
+        row, end = 0, 0
+        for batch in self.batches:
+            if batch.first_row != row or batch.offset < end or batch.offset >= self.bytes:
+                raise ValueError(f"the batch of row {batch.first_row} of {self.file} is out of its place")
+            row, end = row + batch.cells, batch.offset + 1
+        if row != self.cells:
+            raise ValueError(f"{self.file} has {self.cells} cells, its batches {row}")
+        return self
 
 
 class PartEntry(Entry):
     """Some cells of a Zarr store: one metadata file, and one shard where the split is converted to Arrow."""
 
-    cells: int
-    tokens: int
+    cells: NonNegativeInt
+    tokens: NonNegativeInt
     obs: ObsEntry
 
 
 class StoreEntry(Entry):
     """The Zarr form of a split."""
 
-    path: str                  # of the group within the corpus
-    files: list[FileEntry]     # everything below it, sorted
-    parts: list[PartEntry]     # in the order of the cells
+    path: str                # of the group within the corpus
+    files: list[FileEntry]   # everything below it, sorted
+    parts: list[PartEntry]   # in the order of the cells
 
 
 class SplitEntry(Entry):
     """The cells of train or valid, in order: shards of the Arrow form, or one store of the Zarr form."""
 
-    cells: int
-    tokens: int
-    shards: list[ShardEntry]                                # empty in the Zarr form
-    compression: Literal["zstd", "lz4"] | None = None       # absent: none
-    store: StoreEntry | None = None                         # absent: the Arrow form
-    groups: list[str] | None = None   # split by donor or dataset: which of them are here, sorted
+    cells: NonNegativeInt
+    tokens: NonNegativeInt
+    shards: list[ShardEntry]                            # empty in the Zarr form
+    compression: Literal["zstd", "lz4"] | None = None   # absent: none
+    store: StoreEntry | None = None                     # absent: the Arrow form
+    groups: list[str] | None = None                     # split by donor or dataset: which of them are here, sorted
+
+    @model_validator(mode="after")
+    def _parts_add_up(self) -> "SplitEntry":
+        if self.shards and self.store is not None:
+            raise ValueError("a split is either shards or a store")
+        for what in ("cells", "tokens"):
+            total, found = getattr(self, what), sum(getattr(part, what) for part in self.parts)
+            if total != found:
+                raise ValueError(f"a split of {total} {what} whose parts have {found}")
+        return self
 
     @property
     def form(self) -> Literal["arrow", "zarr"]:
@@ -111,22 +132,22 @@ class VocabEntry(Entry):
     """Which vocabulary the ids belong to."""
 
     name: str
-    sha256: str      # of vocab.json
-    tokens: int
+    sha256: str   # of vocab.json
+    tokens: NonNegativeInt
 
 
 class GeneSummary(Entry):
     """How a source's genes met the vocabulary."""
 
-    style: str                      # symbol, ensembl
-    column: str                     # where the identifiers were found: index, or a column of var
-    n_genes: int
-    n_mapped: int                   # genes with a token
-    overlap: float                  # n_mapped / n_genes
-    n_renamed: int                  # of those, found under a previous or later symbol
-    n_merged: int                   # genes summed into another gene of the same token
-    unmapped: list[str]             # the genes without a token, sorted
-    unmapped_sum: float             # their counts in the cells that were read
+    style: str                  # symbol, ensembl
+    column: str                 # where the identifiers were found: index, or a column of var
+    n_genes: NonNegativeInt
+    n_mapped: NonNegativeInt    # genes with a token
+    overlap: float              # n_mapped / n_genes
+    n_renamed: NonNegativeInt   # of those, found under a previous or later symbol
+    n_merged: NonNegativeInt    # genes summed into another gene of the same token
+    unmapped: list[str]         # the genes without a token, sorted
+    unmapped_sum: float         # their counts in the cells that were read
 
 
 class SourceEntry(Entry):
@@ -134,14 +155,14 @@ class SourceEntry(Entry):
 
     name: str
     file: str
-    bytes: int
-    sha256: str | None = None       # of the whole file; of a folder, of the names and sha256 of its files
-    etag: str | None = None         # instead, of what an object store keeps ETags of: nothing is read twice for it
-    cells_in: int
-    cells_written: int
-    filtered: dict[str, int]        # reason -> cells
-    values: int                     # stored values of the written cells
-    expression_sum: float           # their sum
+    bytes: NonNegativeInt
+    sha256: str | None = None               # of the whole file; of a folder, of the names and sha256 of its files
+    etag: str | None = None                 # instead, where an object store keeps ETags: nothing is read twice for it
+    cells_in: NonNegativeInt
+    cells_written: NonNegativeInt
+    filtered: dict[str, NonNegativeInt]     # reason -> cells
+    values: NonNegativeInt                  # stored values of the written cells
+    expression_sum: float                   # their sum
     genes: GeneSummary
     columns: dict[str, str] | None = None   # metadata column of the corpus -> its name in this source's obs
 
@@ -152,17 +173,17 @@ class QuarantinedEntry(Entry):
     name: str
     file: str
     reason: str
-    cells: int | None = None        # where its header could be read
-    sha256: str | None = None       # where the whole file could be read
+    cells: NonNegativeInt | None = None   # where its header could be read
+    sha256: str | None = None             # where the whole file could be read
     etag: str | None = None
 
 
 class DuplicatesEntry(Entry):
     """Cells of equal genes and expressions, over all sources."""
 
-    compared: int                   # cells that were looked at: too few genes tell nothing
-    equal: int                      # cells that equal an earlier one, in the order of the sources and rows
-    across_splits: int              # cells of valid whose content is in train too; none is left where `removed`
+    compared: NonNegativeInt        # cells that were looked at: too few genes tell nothing
+    equal: NonNegativeInt           # cells that equal an earlier one, in the order of the sources and rows
+    across_splits: NonNegativeInt   # cells of valid whose content is in train too; none is left where `removed`
     removed: bool                   # whether the corpus was written without the `equal` cells
 
 
@@ -171,15 +192,15 @@ class Manifest(Entry):
 
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
-    created_by: str                 # package and version
-    expression_kind: str            # counts, log1p, ...
+    created_by: str                                     # package and version
+    expression_kind: str                                # counts, log1p, ...
     vocab: VocabEntry
-    columns: list[str]              # metadata columns kept
+    columns: list[str]                                  # metadata columns kept
     splits: dict[str, SplitEntry]
     sources: list[SourceEntry]
-    plan_sha256: str                # what was decided before any work
+    plan_sha256: str                                    # what was decided before any work
     seed: int
-    config: dict[str, Any]          # resolved corpus configuration, without an absolute path
+    config: dict[str, Any]                              # resolved corpus configuration, without an absolute path
     duplicates: DuplicatesEntry | None = None
     quarantined: list[QuarantinedEntry] | None = None   # with on_error: skip
 

@@ -108,6 +108,10 @@ def test_numbers_and_nonsense_are_told(tmp_path: Path) -> None:
     assert "fewer than the 30%" in refusal(tmp_path, [f"probe{i}" for i in range(9)])
 
 
+def test_a_name_without_end_is_not_told_whole(tmp_path: Path) -> None:
+    assert len(refusal(tmp_path, ["x" * 100_000, "y"])) < 600
+
+
 def test_a_gene_column_that_is_not_there_is_refused() -> None:
     with open_source(CHR21) as source, pytest.raises(Exception, match="no gene column 'symbol'.*feature_name"):
         map_source(source, VOCAB, gene_column="symbol")

@@ -1,13 +1,18 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from data_pipeline.inspection import inspect
+from data_pipeline.sources import hdf5_structure
 from launch.inspection import describe_facts
-from scgpt.errors import SourceError
+from scgpt.errors import ConfigError, SourceError
 from tests.data_pipeline.atlases import BLOOD, CHR21, VOCAB, build_here, config_of, random_counts, spoil, write_h5ad
+from tests.data_pipeline.sources.formats import lists_of, write_vocab
 
 
 def test_a_corpus_is_told_as_its_manifest_and_its_cells_are(tmp_path: Path) -> None:
@@ -59,6 +64,55 @@ def test_a_column_that_cannot_be_read_is_told_in_its_place(tmp_path: Path) -> No
     assert "a category code outside the 2 categories" in facts["obs"]["sex"]["unreadable"]
     assert facts["obs"]["age"]["values"] == 30
     assert "obs sex: cannot be read" in describe_facts(facts)
+
+
+def test_a_table_of_lists_is_told_by_its_gene_table(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({**lists_of(random_counts(0, 30, 40)), "tissue": ["lung"] * 30}),
+                        tmp_path / "a.parquet")
+    table = str(write_vocab(tmp_path / "genes.json", 40))
+    facts = inspect(tmp_path / "a.parquet", VOCAB, gene_table=table)
+    assert (facts["kind"], facts["cells"], facts["genes"], facts["refused"]) == ("lists", 30, 40, None)
+    assert facts["gene_columns"]["index"]["mapped"] == 40
+    assert facts["matrices"]["X"]["looks_like"] == "counts"
+    assert facts["obs"]["tissue"]["commonest"] == {"lung": 30}
+    with pytest.raises(ConfigError, match="gene ids, not what they stand for"):
+        inspect(tmp_path / "a.parquet", VOCAB)
+    with pytest.raises(SourceError, match="no such file.*gone.json"):
+        inspect(tmp_path / "a.parquet", VOCAB, gene_table=str(tmp_path / "gone.json"))
+
+
+def test_a_bank_is_no_corpus_although_it_has_a_manifest(tmp_path: Path) -> None:
+    folder = tmp_path / "a.scb"
+    folder.mkdir()
+    parquet.write_table(pa.table(lists_of(random_counts(0, 30, 40))), folder / "X.datatable.parquet")
+    write_vocab(folder / "gene_vocab.json", 40)
+    (folder / "manifest.json").write_text('{"main_data": "X"}')
+    facts = inspect(folder, VOCAB)
+    assert (facts["kind"], facts["cells"], facts["refused"]) == ("scbank", 30, None)
+
+
+def test_a_source_without_cells_would_be_refused(tmp_path: Path) -> None:
+    facts = inspect(write_h5ad(tmp_path / "a.h5ad", random_counts(0, 30, 40)[:0]), VOCAB)
+    assert facts["refused"] == "it holds no cells"
+
+
+def test_names_and_values_are_told_in_one_line_each(tmp_path: Path) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(0, 30, 3), ["G" * 10_000, "two\nlines", "CD3D"],
+                      obs={"x\ny": ["long " * 1000] * 30})
+    facts = inspect(path, VOCAB)
+    lines = describe_facts(facts).splitlines()
+    assert len(lines) == 5
+    assert max(map(len, lines)) < 400
+
+
+def test_what_hangs_or_ends_a_reader_is_found_before_it_is_read(tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe.h5ad")
+    with pytest.raises(SourceError, match="neither a file nor a folder"):
+        inspect(tmp_path / "pipe.h5ad", VOCAB)
+    monkeypatch.setattr(hdf5_structure, "_walk", lambda *arguments: os.abort())
+    with pytest.raises(SourceError, match="reading its structure ends the HDF5 library"):
+        inspect(BLOOD, VOCAB)
 
 
 def test_what_is_neither_is_one_sentence(tmp_path: Path) -> None:

@@ -1,14 +1,21 @@
+import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy import sparse
 
 from data_pipeline import plan as planning
+from data_pipeline.config import SourceConfig
 from data_pipeline.provenance import stored_hashes, was_seen
+from data_pipeline.sources import hdf5_structure
+from data_pipeline.vocabulary import build_vocab
 from scgpt.data import Manifest, TokenDataset
 from scgpt.data.content import content_hashes
 from scgpt.data.corpus_files import CorpusFiles
@@ -44,6 +51,26 @@ def test_cells_are_found_under_other_names_in_another_order_and_form(corpus: Pat
     assert (found["compared"], found["found"], found["same_file"]) == (250, 200, None)
     assert sum(found["splits"].values()) == 200
     assert found["groups"] == {}
+
+
+def test_cells_of_a_table_of_lists_are_found_by_its_gene_table(corpus: Path, tmp_path: Path) -> None:
+    atlas = anndata.read_h5ad(BLOOD)[:100]
+    ids = {name: 7 + 2 * place for place, name in enumerate(atlas.var_names)}
+    rows = [atlas.X[row] for row in range(100)]
+    pq.write_table(pa.table({"genes": [[ids[atlas.var_names[place]] for place in row.indices] for row in rows],
+                             "expressions": [row.data for row in rows]}), tmp_path / "a.parquet")
+    (tmp_path / "genes.json").write_text(json.dumps(ids))
+    found = was_seen(corpus, str(tmp_path / "a.parquet"), gene_table=str(tmp_path / "genes.json"))
+    assert (found["found"], found["compared"], found["seen"]) == (100, 100, True)
+
+
+@pytest.mark.parametrize("look", [lambda corpus: was_seen(corpus, str(BLOOD)),
+                                  lambda corpus: build_vocab([SourceConfig(path=str(BLOOD))])])
+def test_a_file_that_ends_its_reader_is_one_sentence(corpus: Path, monkeypatch: pytest.MonkeyPatch,
+                                                     look: Callable[[Path], object]) -> None:
+    monkeypatch.setattr(hdf5_structure, "_walk", lambda *arguments: os.abort())
+    with pytest.raises(SourceError, match="reading its structure ends the HDF5 library"):
+        look(corpus)
 
 
 def test_another_file_is_not_found(corpus: Path) -> None:

@@ -47,6 +47,11 @@ def test_a_package_that_is_missing_names_its_extra():
     assert "[data]" in error.fix
 
 
+def test_a_name_with_line_breaks_leaves_it_one_line():
+    error = ConfigError("a\nb is wrong", where="/x/y\r\nz", fix="rename it")
+    assert str(error) == "a b is wrong (/x/y z); rename it"
+
+
 def test_a_fault_of_the_program_is_not_explained_away():
     known = ConfigError("wrong")
     assert explain(known) is known

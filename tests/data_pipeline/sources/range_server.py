@@ -16,6 +16,7 @@ class Served:
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     ranges: bool = True
+    status: int = 200       # what is answered for every file, where it is no success
     bytes_sent: int = 0
     requests: int = 0
 
@@ -57,8 +58,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, send: bool) -> None:
         content = self.served.files.get(self.path.partition("?")[0].lstrip("/"))
-        if content is None:
-            self.send_response(404)
+        if content is None or self.served.status != 200:
+            self.send_response(404 if content is None else self.served.status)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return

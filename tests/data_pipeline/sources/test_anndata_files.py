@@ -15,7 +15,16 @@ from scipy import sparse
 from data_pipeline.sources import anndata_files, open_source
 from data_pipeline.sources.base import are_counts
 from scgpt.errors import ConfigError, SourceError
-from tests.data_pipeline.atlases import BLOOD, CHR21, PANCREAS, random_counts, spoil, write_h5ad
+from tests.data_pipeline.atlases import (
+    BLOOD,
+    CHR21,
+    PANCREAS,
+    build_here,
+    config_of,
+    random_counts,
+    spoil,
+    write_h5ad,
+)
 
 FORMATS = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "dense": lambda matrix: matrix.toarray()}
 
@@ -146,6 +155,9 @@ BAD = {
     "no data": (lambda path: _delete(path, "X/data"), "unknown encoding"),
     "short obs": (lambda path: spoil(path, "obs/number", lambda n: n[:-5]), "55 values for 60 cells"),
     "category": (lambda path: spoil(path, "obs/word/codes", lambda c: c + 5), "category code"),
+    "codes": (lambda path: spoil(path, "obs/word/codes", lambda c: c + 0.5), "category codes of the type float"),
+    "no column": (lambda path: _delete(path, "obs/number"), "'number' is named among the columns, but missing"),
+    "one number": (lambda path: spoil(path, "X/data", lambda d: d[0]), "'data' is no list of numbers"),
     "no var": (lambda path: _delete(path, "var"), "not AnnData"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-3000]), "damaged HDF5|cannot be read"),
     "not HDF5": (lambda path: path.write_text("hello"), "not an HDF5 file"),
@@ -185,6 +197,18 @@ def test_a_damaged_file_is_one_sentence_with_its_place(tmp_path: Path, counts: s
     assert "poor.h5ad" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
+
+
+def test_a_column_that_is_named_but_missing_is_told_where_it_is_wanted(tmp_path: Path,
+                                                                       counts: sparse.csr_matrix) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", counts, obs={"tissue": ["lung"] * 60}, var={"symbol": ["x"] * 40})
+    for key in ("obs/tissue", "var/symbol"):
+        _delete(path, key)
+    with open_source(path) as source:
+        assert source.gene_columns() == ["index"]
+    with pytest.raises(SourceError, match="'tissue' is named among the columns, but missing.*obs, tissue"):
+        build_here(config_of(path), tmp_path / "out")
+    assert build_here(config_of(path, columns=["donor"]), tmp_path / "other").sources[0].cells_in == 60
 
 
 def test_missing_and_foreign_files_are_told() -> None:
@@ -229,7 +253,7 @@ def test_old_encodings_agree_with_anndata(file: str, cells: int, genes: int, fir
     ("indices", lambda values: values.astype(float), "numbers of the type float64"),
     ("indptr", lambda values: values.astype(float), "numbers of the type float64"),
     ("indptr", lambda values: np.concatenate([[3], values[1:]]), "boundaries that begin at 3"),
-    ("data", lambda values: values[:, None], "1-D|cannot be read")])
+    ("data", lambda values: values[:, None], "'data' is no list of numbers")])
 def test_arrays_that_are_no_sparse_matrix_are_refused(tmp_path: Path, counts: sparse.csr_matrix, key: str, change: Any,
                                                       message: str) -> None:
     path = spoil(write_h5ad(tmp_path / "a.h5ad", counts), f"X/{key}", change)

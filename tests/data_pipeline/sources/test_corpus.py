@@ -1,14 +1,20 @@
+import hashlib
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipeline import plan
 from data_pipeline.sources import open_source
 from scgpt.data import Manifest, TokenDataset
-from scgpt.errors import DataError, ScgptError, SourceError
+from scgpt.errors import ConfigError, DataError, ScgptError, SourceError
+from scgpt.files import json_bytes
 from tests.data_pipeline.atlases import build_here, bytes_of, cells_of, config_of, random_counts, write_h5ad
 from tests.data_pipeline.sources.formats import gene_names, on_memory
 
@@ -76,15 +82,108 @@ def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
         open_source(tmp_path, kind="corpus")
 
 
-def test_a_count_that_rotted_makes_no_corpus(corpus: Path, tmp_path: Path) -> None:
-    """One byte of a value, valid as any: only the checksum of its file tells."""
-    shutil.copytree(corpus, tmp_path / "poor")
-    shard = tmp_path / "poor" / "train" / "part-00000.arrow"
-    content, value = bytearray(shard.read_bytes()), int(TokenDataset.open(tmp_path / "poor")[0]["expressions"][-1])
+def rot(corpus: Path) -> None:
+    """Change one byte of a value, valid as any: only the checksum of its file tells."""
+    shard = corpus / "train" / "part-00000.arrow"
+    content, value = bytearray(shard.read_bytes()), int(TokenDataset.open(corpus)[0]["expressions"][-1])
     batch = Manifest.read(corpus).splits["train"].shards[0].batches[0]
     place = content.index(value, batch.offset + 400)
     content[place] ^= 1
     shard.write_bytes(content)
+
+
+def test_a_count_that_rotted_makes_no_corpus(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "poor")
+    rot(tmp_path / "poor")
     with pytest.raises(SourceError, match="part-00000.arrow"):
         build_here(config_of(tmp_path / "poor"), tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_remote_corpus_is_held_against_its_checksums_too(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "poor")
+    with on_memory(tmp_path / "poor") as url:
+        build_here(config_of({"path": url, "kind": "corpus"}), tmp_path / "whole")
+    rot(tmp_path / "poor")
+    with on_memory(tmp_path / "poor") as url, pytest.raises(SourceError, match="sha256.*part-00000.arrow"):
+        build_here(config_of({"path": url, "kind": "corpus"}), tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_it_has_one_column_of_genes_and_one_matrix(corpus: Path) -> None:
+    with open_source(corpus) as source, pytest.raises(ConfigError, match="no gene column 'x'.*choose one of: index"):
+        source.gene_names("x")
+    with pytest.raises(ConfigError, match="no layer 'raw'.*choose one of: X"):
+        open_source(corpus, layer="raw")
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """form -> a corpus of the same cells, with what a build of it holds as `NAME-out`."""
+    folder = tmp_path_factory.mktemp("forms")
+    path = write_h5ad(folder / "a.h5ad", COUNTS, obs={"tissue": pd.Categorical(["blood", "lung", None] * 20)})
+    found = {}
+    for form, shards in {"arrow": {}, "zstd": {"compression": "zstd"}, "zarr": {"form": "zarr"},
+                         "cold": {"form": "zarr", "compression": "lz4"}}.items():
+        found[form] = folder / form / "c"
+        build_here(config_of(path, **{**SETTINGS, "shards": {**SETTINGS["shards"], **shards}}), found[form])
+        build_here(config_of(found[form], columns=["tissue"]), folder / form / "out")
+    return found
+
+
+def harm_a_file(corpus: Path, draw: np.random.Generator) -> None:
+    """Turn bits of some bytes, cut the file, or take it away."""
+    path = draw.choice(sorted(path for path in corpus.rglob("*") if path.is_file() and path.name not in (
+        "run.json", ".lock")))
+    content, way = bytearray(path.read_bytes()), draw.integers(3)
+    if way == 0:
+        for place in draw.integers(0, len(content), draw.integers(1, 20)):
+            content[place] ^= draw.integers(1, 256)
+    path.write_bytes(content if way == 0 else content[:draw.integers(len(content))])
+    if way == 2:
+        path.unlink()
+
+
+def harm_the_manifest(corpus: Path, draw: np.random.Generator) -> None:
+    """Change one entry and seal the manifest anew, as a program with a fault would write it."""
+    body = json.loads((corpus / "manifest.json").read_bytes())
+    body.pop("sha256")
+    within: Any = body
+    while True:
+        keys = list(within) if isinstance(within, dict) else list(range(len(within)))
+        key = keys[draw.integers(len(keys))]
+        if not isinstance(within[key], dict | list) or not within[key] or draw.integers(10) == 0:
+            break
+        within = within[key]
+    held = within[key]
+    if draw.integers(4) == 0:
+        within.pop(key)
+    elif isinstance(held, int | float):
+        within[key] = [held + 1, held - 1, 0, -1, held * 2, 2**40][draw.integers(6)]
+    else:
+        within[key] = [held * 2 if isinstance(held, str | list) else {}, "", None, 3][draw.integers(4)]
+    (corpus / "manifest.json").write_bytes(
+        json_bytes({**body, "sha256": hashlib.sha256(json_bytes(body)).hexdigest()}))
+
+
+@pytest.mark.parametrize("harm", [harm_a_file, harm_the_manifest])
+@settings(max_examples=60, deadline=None)
+@given(form=st.sampled_from(["arrow", "zstd", "zarr", "cold"]), seed=st.integers(0, 2**31))
+def test_a_harmed_corpus_gives_an_error_or_its_own_cells(tmp_path_factory: pytest.TempPathFactory,
+                                                         forms: dict[str, Path], harm: Any, form: str,
+                                                         seed: int) -> None:
+    folder = tmp_path_factory.mktemp("h")
+    shutil.copytree(forms[form], folder / "c")
+    harm(folder / "c", np.random.default_rng(seed))
+    try:
+        build_here(config_of({"path": str(folder / "c"), "kind": "corpus"}, columns=["tissue"]), folder / "out")
+    except ScgptError as error:
+        assert str(folder / "c") in str(error)  # noqa: PT017 some entries of the manifest bind nothing
+        told = error
+    else:
+        assert harm is harm_the_manifest
+        assert cells_of(folder / "out") == cells_of(forms[form].parent / "out")
+        return
+    assert "\n" not in str(told)
+    assert told.fix
+    assert not (folder / "out" / "manifest.json").exists()

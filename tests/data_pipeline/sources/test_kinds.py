@@ -1,12 +1,13 @@
 import importlib
+import os
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.sources import Location
 from data_pipeline.sources.base import Source
-from data_pipeline.sources.kinds import KINDS, kind_of
-from scgpt.errors import SourceError
+from data_pipeline.sources.kinds import KINDS, kind_of, open_source
+from scgpt.errors import ConfigError, SourceError
 
 
 @pytest.mark.parametrize(("name", "kind"), [
@@ -30,6 +31,21 @@ def test_a_folder_of_atlases_is_told_how_to_name_them(tmp_path: Path) -> None:
         kind_of(Location.of(tmp_path))
     with pytest.raises(SourceError, match="suffix '.txt' names no kind"):
         kind_of(Location.of(tmp_path / "a.txt"))
+
+
+def test_what_no_reader_may_open_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.h5ad")   # opening it would wait for ever
+    with pytest.raises(SourceError, match="neither a file nor a folder"):
+        open_source(tmp_path / "a.h5ad")
+
+
+def test_a_name_that_no_manifest_can_hold_is_refused(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.h5ad"))
+    path.write_bytes(b"")
+    for look in (open_source, lambda place: Location.of(place).fingerprint()):
+        with pytest.raises(ConfigError, match="no UTF-8 text.*rename it") as caught:
+            look(path)
+        str(caught.value).encode()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -312,6 +312,45 @@ WRONG_TABLES = {
 }
 
 
+@pytest.mark.parametrize("name", ["genes", "tissue"])
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, name: str) -> None:
+    columns = [*table_of(COUNTS).columns, pa.array(["a"] * 60), pa.array(["b"] * 60)]
+    table = pa.Table.from_arrays(columns, names=["genes", "expressions", "tissue", name])
+    with pytest.raises(SourceError, match=f"two columns are named '{name}'"):
+        opened("parquet", tmp_path, table)
+
+
+def test_a_missing_gene_is_told_with_its_row(tmp_path: Path) -> None:
+    lists = lists_of(COUNTS)
+    lists["genes"][3][1] = None
+    with opened("parquet", tmp_path, pa.table(lists)) as source, \
+            pytest.raises(SourceError, match="row 3 lacks the id of a gene"):
+        source.read_rows(0, 60)
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("state.json", '{"_data_files": [{"filename": "../../b.arrow"}]}', "'../../b.arrow', which the folder does not"),
+    ("state.json", "[1]", "not a JSON object"), ("dataset_dict.json", '{"splits": []}', "data sets: none")])
+def test_a_folder_of_datasets_that_says_nonsense_is_told(tmp_path: Path, name: str, content: str,
+                                                         message: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_text(content)
+    with pytest.raises(SourceError, match=message):
+        open_source(tmp_path / "a", kind="lists", gene_table=str(write_vocab(tmp_path / "vocab.json", 40)))
+
+
+@pytest.mark.parametrize(("manifest", "message"), [('{"main_data": ["X"]}', None), ("[]", "not a JSON object")])
+def test_a_manifest_of_a_bank_that_says_nonsense_is_told(tmp_path: Path, manifest: str, message: str | None) -> None:
+    bank = write_bank(tmp_path / "a.scb", X=COUNTS)
+    (bank / "manifest.json").write_text(manifest)
+    if message is None:   # there is only one table
+        with open_source(bank) as source:
+            assert source.n_cells == 60
+        return
+    with pytest.raises(SourceError, match=message):
+        open_source(bank)
+
+
 @pytest.mark.parametrize("form", ["parquet", "stream"])
 @pytest.mark.parametrize("fault", WRONG_TABLES)
 def test_other_tables_are_refused_with_their_columns(tmp_path: Path, form: str, fault: str) -> None:

@@ -11,6 +11,7 @@ from data_pipeline.sources import Location
 from data_pipeline.sources.storage import CENSUS, Entry
 from scgpt.errors import ConfigError, SourceError
 from scgpt.files import sha256
+from tests.data_pipeline.sources.range_server import serve_ranges
 
 BIG = os.urandom(3 << 20)
 
@@ -178,6 +179,28 @@ def test_what_cannot_be_reached_is_one_sentence(url: str, error: type[Exception]
     with pytest.raises(error, match=message) as caught:
         Location.of(url).files()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("status", "message"), [
+    (404, "there is no such file"), (410, "there is no such file"), (403, "cannot be read: 403.*the credentials"),
+    (500, "cannot be read: 500.*check the address"), (503, "cannot be read: 503")])
+def test_a_server_that_refuses_is_not_taken_for_one_without_the_file(status: int, message: str) -> None:
+    with serve_ranges() as served:
+        served.files["a.h5ad"], served.status = b"x" * 100, status
+        place = Location.of(f"{served.url}/a.h5ad?signature=s3cret")
+        for look in (place.fingerprint, place.check):
+            with pytest.raises(SourceError, match=message) as caught:
+                look()
+            assert "s3cret" not in str(caught.value)
+        served.status = 200
+        assert place.exists()
+        assert not Location.of(f"{served.url}/b.h5ad").exists()
+
+
+@pytest.mark.parametrize(("error", "text"), [
+    (KeyError("x"), "x"), (ValueError("no 'x'"), "no 'x'"), (ValueError("'x' and 'y'"), "'x' and 'y'")])
+def test_a_cause_keeps_its_quotes(error: Exception, text: str) -> None:
+    assert Location.of("/a").cause(error) == text
 
 
 def test_the_public_bucket_of_the_census_is_read_as_nobody() -> None:

@@ -101,6 +101,9 @@ BAD = {
     "rows": (lambda path: spoil(path, "matrix/indptr", lambda p: np.where(p == p[30], 10**9, p)), "boundaries"),
     "columns": (lambda path: spoil(path, "matrix/indices", lambda i: i + 30), "column index outside the 40"),
     "values": (lambda path: spoil(path, "matrix/data", lambda d: d[:-5]), "values, .* indices"),
+    "one number": (lambda path: spoil(path, "matrix/data", lambda d: d[0]), "'data' is no list of numbers"),
+    "shape": (lambda path: spoil(path, "matrix/shape", lambda s: s[[0, 1, 1]]), "a shape that is not two integers"),
+    "types": (lambda path: spoil(path, "matrix/features/feature_type", lambda t: t[:-5]), "features of unequal number"),
 }
 
 

@@ -102,7 +102,9 @@ BAD = {
     "no sizes": (lambda folder: (folder / "matrix.mtx").write_bytes(
         b"%%MatrixMarket matrix coordinate integer general\n%\n"), "without its line of three sizes"),
     "more entries": (change("matrix.mtx", b"40 60 480\n", b"40 60 479\n"), "480 entries where the header says 479"),
-    "fewer entries": (change("matrix.mtx", b"40 60 480\n", b"40 60 4800\n"), "480 entries where the header says 4,800"),
+    "fewer entries": (change("matrix.mtx", b"40 60 480\n", b"40 60 481\n"), "480 entries where the header says 481"),
+    "too many": (change("matrix.mtx", b"40 60 480\n", b"40 60 1000000000000000000000\n"),
+                 "entries in a matrix of 40 x 60"),
     "a word": (change("matrix.mtx", b"\n40 60 480\n", b"\n40 60 480\n3 x 1\n"), "cannot be read"),
     "zero": (change("matrix.mtx", b"\n40 60 480\n", b"\n40 60 480\n0 1 1\n"), "row index outside the 40"),
     "beyond": (change("matrix.mtx", b"\n40 60 480\n", b"\n40 60 480\n1 61 1\n"), "column index outside the 60"),

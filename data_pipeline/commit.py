@@ -11,6 +11,7 @@ from data_pipeline.duplicates import DUPLICATE
 from data_pipeline.ledger import Ledger
 from data_pipeline.plan import Block, Plan, SourcePlan
 from data_pipeline.quarantine import Quarantined
+from data_pipeline.sources.identity import identity_of
 from data_pipeline.stores import store_split
 from scgpt import __version__, files
 from scgpt.data import Manifest
@@ -86,7 +87,7 @@ def refuse_mended(plan: Plan, manifest: Manifest) -> None:
     for entry in manifest.quarantined or []:
         source = next((source for source in plan.sources if source.name == entry.name), None)
         try:
-            mended = source is not None and source.path.identity() not in ({"sha256": entry.sha256},
+            mended = source is not None and identity_of(source.path) not in ({"sha256": entry.sha256},
                                                                             {"etag": entry.etag})
         except SourceError:
             mended = False   # it cannot be read, still

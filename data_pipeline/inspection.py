@@ -13,6 +13,7 @@ from data_pipeline.config import GenesConfig
 from data_pipeline.genes import map_source, match_genes
 from data_pipeline.sources.base import Source, are_counts, describe_values
 from data_pipeline.sources.hdf5_structure import check_structure
+from data_pipeline.sources.identity import fingerprint
 from data_pipeline.sources.kinds import is_kind, open_source
 from data_pipeline.sources.location import Location
 from scgpt.data.corpus_files import CorpusFiles
@@ -90,7 +91,7 @@ def inspect_source(place: Path | str, vocab: GeneVocab, *, gene_table: str | Non
     the file is no atlas; a matrix or a column that cannot be read is told in its place.
     """
     location = Location.of(place)
-    known = location.fingerprint()
+    known = fingerprint(location)
     check_structure(location)
     with open_source(location, gene_table=gene_table) as source:
         matrices = {source.layer: _matrix(source)}

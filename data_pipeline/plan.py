@@ -19,8 +19,9 @@ from data_pipeline.genes import GeneMap, map_source
 from data_pipeline.quarantine import Quarantined
 from data_pipeline.sources.base import Source, are_counts, describe_values
 from data_pipeline.sources.hdf5_structure import check_structure
+from data_pipeline.sources.identity import Fingerprint, fingerprint, state_of
 from data_pipeline.sources.kinds import open_source
-from data_pipeline.sources.location import Fingerprint, Location
+from data_pipeline.sources.location import Location
 from data_pipeline.tokenization import refused_values
 from scgpt import __version__
 from scgpt.data.schema import FORMAT_VERSION, gene_dtype, source_hash
@@ -128,7 +129,7 @@ def make_plan(config: CorpusConfig) -> Plan:
     totals = np.zeros((len(SPLITS), 2))
     for location, source_config in expand(config.sources):
         try:
-            known = location.fingerprint()
+            known = fingerprint(location)
             check_structure(location)
             with open_source(location, name=source_config.name, kind=source_config.kind, layer=source_config.layer,
                              gene_table=source_config.gene_table) as source:
@@ -160,7 +161,7 @@ def make_plan(config: CorpusConfig) -> Plan:
 def check_unchanged(source: SourcePlan) -> None:
     """Raise SourceError when a source is not as it was at planning: sizes and times of its files, or ETags."""
     try:
-        same = source.path.state() == source.state
+        same = state_of(source.path) == source.state
     except SourceError as error:
         if not isinstance(error.__cause__, FileNotFoundError):   # a network that is down is no change
             raise

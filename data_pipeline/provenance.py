@@ -23,6 +23,7 @@ from data_pipeline.genes import map_source
 from data_pipeline.plan import row_blocks
 from data_pipeline.sources.base import Source
 from data_pipeline.sources.hdf5_structure import check_structure
+from data_pipeline.sources.identity import fingerprint, identity_of, sha256_of
 from data_pipeline.sources.kinds import open_source
 from data_pipeline.sources.location import Location
 from data_pipeline.tokenization import tokenize_block
@@ -148,10 +149,10 @@ def _groups_of(source: Source, config: SourceConfig) -> dict[str, list[str]]:
 
 def _same_file(manifest: Manifest, location: Location) -> str | None:
     """The source of the corpus that is this very file; it is hashed only where the size agrees with one."""
-    size = location.fingerprint().bytes
+    size = fingerprint(location).bytes
     alike: list[SourceEntry] = [source for source in manifest.sources if source.bytes == size]
-    known = {"sha256": location.sha256()} if any(source.sha256 for source in alike) else {}
-    known |= location.identity() if any(source.etag for source in alike) else {}
+    known = {"sha256": sha256_of(location)} if any(source.sha256 for source in alike) else {}
+    known |= identity_of(location) if any(source.etag for source in alike) else {}
     return next((source.name for source in alike if {"sha256": source.sha256, "etag": source.etag}.items()
                  & known.items()), None)
 

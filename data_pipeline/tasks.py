@@ -16,6 +16,7 @@ from data_pipeline.config import CorpusConfig
 from data_pipeline.duplicates import HashFile, find_equals, read_equals, summary, write_equals, write_hashes
 from data_pipeline.plan import Block, SourcePlan, check_unchanged
 from data_pipeline.shuffle import KEY, merge_runs, ordered_buckets, shuffle_keys, shuffled_buckets, write_run
+from data_pipeline.sources.identity import identity_of
 from data_pipeline.tokenization import tokenize_block
 from scgpt import files
 from scgpt.data.arrow_format import write_obs, write_shard
@@ -50,7 +51,7 @@ def hash_source(layout: Layout, number: int, source: SourcePlan) -> Record:
     check_unchanged(source)
     with source.open() as opened:
         opened.check_content()
-    identity = source.path.identity()
+    identity = identity_of(source.path)
     check_unchanged(source)
     return layout.build.write_record(source_task(number), identity, [])
 

@@ -196,7 +196,11 @@ def _read(path: Path, tree: _Tree, seen: tuple[Path, ...]) -> None:
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError("a configuration must be a mapping of keys", where=str(path), fix="write `key: value` lines")
     includes = values.pop("include", [])
-    for include in [includes] if isinstance(includes, str) else includes:
+    includes = [includes] if isinstance(includes, str) else includes
+    if not isinstance(includes, list) or not all(isinstance(include, str) for include in includes):
+        raise ConfigError(f"wrong value of 'include' = {includes!r}", where=str(path),
+                          fix="give the path of a YAML file, or a list of such paths")
+    for include in includes:
         _read(path.parent / include, tree, (*seen, path))
     tree.merge(values, origins)
 
@@ -243,7 +247,7 @@ def _explain(cls: type[Config], error: ValidationError,
                            fix=f"{_nearest(str(location[-1]), names).lstrip(', ') or 'remove it.'} "
                                f"Allowed: {', '.join(names)}.")
     if fault["type"] == "missing":
-        below = [f"{dotted}.{name}" for name in _field_names(cls, location, required=True)]
+        below = [f"{dotted}.{name}" for name in _field_names(cls, location, required=True, within_lists=False)]
         return ConfigError(f"the key '{' and '.join(below) or dotted}' is missing", where=where,
                            fix=f"set it in the file or give {' '.join(f'{key}=...' for key in below or [dotted])}")
     cause = fault.get("ctx", {}).get("error")
@@ -271,12 +275,14 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f", did you mean '{close[0]}'?" if close else ""
 
 
-def _field_names(cls: type[Config], location: Location, *, required: bool = False) -> list[str]:
+def _field_names(cls: type[Config], location: Location, *, required: bool = False,
+                 within_lists: bool = True) -> list[str]:
     groups: list[type[Config]] = [cls]
     for part in location:
         if isinstance(part, str):
             fields = [group.model_fields[part].annotation for group in groups if part in group.model_fields]
-            groups = [found for annotation in fields for found in _configs_in(annotation)]
+            groups = [found for annotation in fields for found in _configs_in(annotation)
+                      if within_lists or typing.get_origin(annotation) is not list]
     return [name for group in groups for name, field in group.model_fields.items()
             if field.is_required() or not required]
 

@@ -14,6 +14,7 @@ from typing_extensions import override
 from data_pipeline.sources.base import AUTO, INDEX, Source, X
 from data_pipeline.sources.faults import RESTORE, reading
 from data_pipeline.sources.gene_table import GeneTable
+from data_pipeline.sources.identity import state_of
 from data_pipeline.sources.location import Location
 from data_pipeline.sources.obs_columns import plain
 from data_pipeline.sources.tables import Table, open_table
@@ -39,7 +40,7 @@ class Corpus(Source):
         self.n_cells, self.n_genes = int(self._before[-1]), self.genes.n_genes
         with reading(path, "what is known of the cells"):
             files = tuple(path / part.obs.file for split in manifest.splits.values() for part in split.parts)
-            self._obs: Table = open_table(files, None, path.state())
+            self._obs: Table = open_table(files, None, state_of(path))
             if self._obs.n_rows != self.n_cells:
                 raise ValueError(f"{self._obs.n_rows} rows for {self.n_cells} cells")
 

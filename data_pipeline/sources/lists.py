@@ -18,6 +18,7 @@ from typing_extensions import override
 from data_pipeline.sources.base import AUTO, Source, X
 from data_pipeline.sources.faults import reading
 from data_pipeline.sources.gene_table import SPECIAL, UNKNOWN, GeneTable
+from data_pipeline.sources.identity import state_of
 from data_pipeline.sources.location import Location
 from data_pipeline.sources.obs_columns import is_plain, plain
 from data_pipeline.sources.tables import ARROW, EXPRESSIONS, GENES, JSON, PARQUET, Table, open_table
@@ -36,7 +37,7 @@ class ListTable(Source):
         self.genes = GeneTable.read(gene_table)
         self.n_genes = self.genes.n_genes
         with reading(path, "header"):
-            self.table: Table = open_table(tuple(files), GENES, path.state())
+            self.table: Table = open_table(tuple(files), GENES, state_of(path))
             self.n_cells = self.table.n_rows
             for name in self.table.schema.names:
                 if self.table.schema.names.count(name) > 1:

@@ -19,24 +19,12 @@ from data_pipeline.sources.storage import REMOTE_BLOCK_BYTES, Entry, entry_of, f
 from scgpt import files
 from scgpt.errors import ConfigError, ScgptError, SourceError
 
-_EDGE_BYTES = 1 << 20         # read at either end of a file for its fingerprint
-_FOLDER_EDGE_BYTES = 1 << 16  # and of each of some files of a folder:
-_EDGE_FILES = 16              # that many of the smallest (there the shapes and types are), as many spread over all
-_STREAM_BYTES = 8 << 20       # a request while a whole remote file is read
+_STREAM_BYTES = 8 << 20   # a request while a whole remote file is read
 # Endings that are no part of a source's name, the longest first.
 _SUFFIXES = (".datatable.parquet", ".zarr.zip", ".h5ad", ".zarr", ".parquet", ".arrow", ".soma", ".scb", ".mtx.gz",
              ".mtx", ".h5", ".zip", ".gz")
 _HTTP = ("http", "https")
 _ABSENT = (404, 410)   # what a web server answers for what it lacks
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """What a source is known by before it is read."""
-
-    bytes: int           # of all its files
-    edges_sha256: str    # content: ends of the file; of a folder: names, sizes, ends of some files
-    state: str           # of all its files, see Entry; in no hash of a corpus
 
 
 @dataclass(frozen=True, slots=True, repr=False, order=True)
@@ -179,50 +167,25 @@ class Location:
             system, path = self._system()
             return sorted(Location.of(system.unstrip_protocol(name)) for name in system.glob(path))
 
-    def fingerprint(self) -> Fingerprint:
-        """What the source is known by: at most 2 MiB of a file are read, 4 MiB of a folder."""
-        entries = self.files()
-        digest = hashlib.sha256()
-        if self.is_folder():
-            for entry in entries:
-                digest.update(f"{entry.name}\0{entry.bytes}\n".encode())
-            for entry in _telling(entries):
-                digest.update((self / entry.name)._edges(entry.bytes, _FOLDER_EDGE_BYTES))
-        else:
-            digest.update(self._edges(entries[0].bytes, _EDGE_BYTES))
-        return Fingerprint(sum(entry.bytes for entry in entries), digest.hexdigest(), _state(entries))
+    def read_spans(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes [first, last) of a file, for each span."""
+        with self._access():
+            if not self.is_remote:
+                parts = []
+                with Path(self.url).open("rb") as stream:
+                    for first, last in spans:
+                        stream.seek(first)
+                        parts.append(stream.read(last - first))
+                return parts
+            system, path = self._system()
+            parts = [bytes(system.cat_file(path, start=first, end=last)) if last > first else b""
+                     for first, last in spans]
+            if [len(part) for part in parts] != [last - first for first, last in spans]:
+                raise _no_parts(self)
+            return parts
 
-    def state(self) -> str:
-        """The state of all its files now, to be held against that of a fingerprint; reads no content."""
-        return _state(self.files())
-
-    def identity(self) -> dict[str, str]:
-        """What a manifest knows the source by: `etag` where a storage keeps one of each of its files, else `sha256`.
-
-        The ETag or version of a file; of a folder the sha256 over `name NUL etag newline` of its files, sorted. Nothing
-        is read for it. It says which upload it was, not which content: a copy elsewhere has another.
-        """
-        entries = self.files()
-        if not entries or not all(entry.etag for entry in entries):
-            return {"sha256": self.sha256()}
-        if not self.is_folder():
-            return {"etag": entries[0].etag.strip('"')}
-        told = "".join(f"{entry.name}\0{entry.etag}\n" for entry in entries)
-        return {"etag": hashlib.sha256(told.encode()).hexdigest()}
-
-    def sha256(self) -> str:
-        """Hex digest of the whole content: of a file; of a folder, over `name NUL digest newline` of its files, sorted.
-
-        Every byte is read.
-        """
-        if not self.is_folder():
-            return self._file_sha256()
-        digest = hashlib.sha256()
-        for entry in self.files():
-            digest.update(f"{entry.name}\0{(self / entry.name)._file_sha256()}\n".encode())
-        return digest.hexdigest()
-
-    def _file_sha256(self) -> str:
+    def file_sha256(self) -> str:
+        """Hex digest of a file, read from front to back."""
         with self._access():
             if not self.is_remote:
                 return files.sha256(Path(self.url))
@@ -232,22 +195,6 @@ class Location:
                 while piece := stream.read(_STREAM_BYTES):
                     digest.update(piece)
             return digest.hexdigest()
-
-    def _edges(self, size: int, edge_bytes: int) -> bytes:
-        """The first and the last bytes of a file."""
-        tail = max(size - edge_bytes, 0)
-        with self._access():
-            if self.is_remote:
-                system, path = self._system()
-                spans = [(0, size)] if size <= 2 * edge_bytes else [(0, edge_bytes), (tail, size)]
-                parts = [bytes(system.cat_file(path, start=first, end=last)) for first, last in spans if last]
-                if [len(part) for part in parts] != [last - first for first, last in spans if last]:
-                    raise _no_parts(self)
-                return b"".join(parts) if len(parts) != 1 else parts[0][:edge_bytes] + parts[0][tail:]
-            with Path(self.url).open("rb") as stream:
-                head = stream.read(edge_bytes)
-                stream.seek(tail)
-                return head + stream.read(edge_bytes)
 
     def _local_files(self) -> list[Entry]:
         root = Path(self.url)
@@ -319,13 +266,6 @@ def _no_parts(location: Location) -> SourceError:
                        fix="download it first")
 
 
-def _telling(entries: Sequence[Entry]) -> list[Entry]:
-    """The files of a folder whose ends go into its fingerprint: bounded in number, the same for the same folder."""
-    small = sorted(entries, key=lambda entry: (entry.bytes, entry.name))[:_EDGE_FILES]
-    spread = [entries[place * len(entries) // _EDGE_FILES] for place in range(_EDGE_FILES)] if entries else []
-    return sorted({entry.name: entry for entry in [*small, *spread]}.values(), key=lambda entry: entry.name)
-
-
 def _check_file(path: Path) -> os.stat_result:
     """What the system says of a file; SourceError for what is none: opening a pipe may never return."""
     status = path.stat()
@@ -336,11 +276,6 @@ def _check_file(path: Path) -> os.stat_result:
     except UnicodeEncodeError as error:   # no manifest could name it
         raise ConfigError("the name is no UTF-8 text", where=ascii(str(path)), fix="rename it") from error
     return status
-
-
-def _state(entries: Sequence[Entry]) -> str:
-    told = "".join(f"{entry.name}\0{entry.bytes}\0{entry.state}\n" for entry in entries)
-    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _raise(error: OSError) -> None:

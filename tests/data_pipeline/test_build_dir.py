@@ -8,6 +8,7 @@ import pytest
 from data_pipeline.build_dir import BUILD, LOCK, BuildDir, claim, finished
 from data_pipeline.plan import Plan, make_plan
 from data_pipeline.sources import Location
+from data_pipeline.sources.identity import state_of
 from scgpt.errors import ConfigError, DataError
 from tests.data_pipeline.atlases import BLOOD, build_here, bytes_of, config_of, random_counts, write_zarr
 
@@ -154,7 +155,7 @@ def test_a_touched_source_makes_the_work_start_anew(tmp_path: Path) -> None:
     os.utime(path, ns=(0, 0))
     with claim(tmp_path / "out", make_plan(config_of(path)), fresh=False) as build:
         assert build.read_record("block") is None
-        assert json.loads((build.path / "plan.json").read_bytes())["states"] == [Location.of(path).state()]
+        assert json.loads((build.path / "plan.json").read_bytes())["states"] == [state_of(Location.of(path))]
 
 
 @pytest.mark.parametrize("fresh", [False, True])

@@ -4,7 +4,7 @@ from typing import Annotated
 import pytest
 from pydantic import Field
 
-from scgpt.config import Bytes, Config, ConfigPath, Seed, load_config
+from scgpt.config import Bytes, Config, ConfigPath, Seed, load_config, validate
 from scgpt.errors import ConfigError
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -23,6 +23,14 @@ class Outer(Config):
     items: list[Inner] = []
     seed: Seed = 0
     ratio: Share | list[Share] = 0.5
+
+
+class Item(Config):
+    path: str
+
+
+class Many(Config):
+    sources: Annotated[list[Item], Field(min_length=1)]
 
 
 def write(path: Path, text: str) -> Path:
@@ -51,6 +59,16 @@ def test_a_mistyped_key_inside_a_list_names_its_place(tmp_path: Path):
     assert "'items.1.ratte'" in message
     assert "a.yaml:3" in message
     assert "did you mean 'rate'?" in message
+
+
+@pytest.mark.parametrize("include", ["5", "{a: b}", "[1]"])
+def test_an_include_that_is_no_path_is_refused(tmp_path: Path, include: str):
+    assert "wrong value of 'include'" in fault(write(tmp_path / "a.yaml", f"include: {include}\n"))
+
+
+def test_a_list_that_is_missing_is_named_itself():
+    with pytest.raises(ConfigError, match=r"the key 'sources' is missing; .*sources=\.\.\."):
+        validate(Many, {})
 
 
 def test_later_files_and_the_command_line_override_key_by_key(tmp_path: Path):

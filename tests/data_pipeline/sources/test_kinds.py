@@ -6,6 +6,7 @@ import pytest
 
 from data_pipeline.sources import Location
 from data_pipeline.sources.base import Source
+from data_pipeline.sources.identity import fingerprint
 from data_pipeline.sources.kinds import KINDS, kind_of, open_source
 from scgpt.errors import ConfigError, SourceError
 
@@ -42,7 +43,7 @@ def test_what_no_reader_may_open_is_refused_at_once(tmp_path: Path) -> None:
 def test_a_name_that_no_manifest_can_hold_is_refused(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.h5ad"))
     path.write_bytes(b"")
-    for look in (open_source, lambda place: Location.of(place).fingerprint()):
+    for look in (open_source, lambda place: fingerprint(Location.of(place))):
         with pytest.raises(ConfigError, match="no UTF-8 text.*rename it") as caught:
             look(path)
         str(caught.value).encode()

@@ -9,6 +9,7 @@ from scipy import sparse
 
 from data_pipeline.plan import check_unchanged, make_plan
 from data_pipeline.sources import Location
+from data_pipeline.sources.identity import sha256_of
 from scgpt.data import Manifest
 from scgpt.errors import ScgptError, SourceError
 from tests.data_pipeline.atlases import (
@@ -64,7 +65,7 @@ def test_a_remote_corpus_is_the_local_one(tmp_path: Path, lake: Location, counts
     build_here(config_of(path), tmp_path / "one")
     manifest = build_here(config_of(place.url), tmp_path / "other")
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "other")
-    assert manifest.sources[0].sha256 == Location.of(path).sha256()
+    assert manifest.sources[0].sha256 == sha256_of(Location.of(path))
 
 
 def test_a_glob_of_urls_is_as_many_sources(tmp_path: Path, lake: Location, counts: sparse.csr_matrix) -> None:

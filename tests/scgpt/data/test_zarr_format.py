@@ -7,7 +7,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scgpt.data import RaggedBatch, TokenDataset, verify_corpus, zarr_format
+from scgpt.data import RaggedBatch, TokenDataset, verify_corpus, zarr_chunks, zarr_format
 from scgpt.data.convert import ConvertConfig, convert
 from scgpt.errors import DataError
 
@@ -36,8 +36,8 @@ def test_any_cells_come_back_from_a_store_in_any_order(tmp_path_factory, batches
     order = np.array(data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=50)), int)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zarr_format, "CHUNK_ITEMS", data.draw(st.integers(8, 60)))
-        patch.setattr(zarr_format, "CACHE_BYTES", data.draw(st.integers(1, 2000)))
-        patch.setattr(zarr_format, "_GROUP_BYTES", data.draw(st.integers(1, 500)))
+        patch.setattr(zarr_chunks, "CACHE_BYTES", data.draw(st.integers(1, 2000)))
+        patch.setattr(zarr_chunks, "_GROUP_BYTES", data.draw(st.integers(1, 500)))
         patch.setattr("scgpt.data.convert.MAX_BYTES", data.draw(st.integers(1, 2000)))
         if not zarrs:
             patch.setattr(zarr_format, "find_spec", lambda name: None)

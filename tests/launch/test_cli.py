@@ -4,10 +4,14 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from launch import cli
 from scgpt.errors import CheckpointError, ConfigError, DataError, ScgptError
+from tests.data_pipeline.atlases import random_counts
+from tests.data_pipeline.sources.formats import lists_of, write_vocab
 from tests.scgpt.data.cells import random_cells, write_corpus
 
 COMMANDS = ["data plan", "data build", "data peek", "data verify", "data inspect", "data convert", "train", "export",
@@ -158,6 +162,16 @@ def test_a_package_that_is_not_installed_is_one_sentence_with_the_command(monkey
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"pip install '.[{extra}]'" in said
+
+
+def test_a_table_of_lists_is_inspected_by_its_gene_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    parquet.write_table(pa.table(lists_of(random_counts(0, 30, 40))), tmp_path / "a.parquet")
+    table = write_vocab(tmp_path / "genes.json", 40)
+    assert cli.main(["data", "inspect", str(tmp_path / "a.parquet"), "--gene-table", str(table), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (facts["kind"], facts["genes"], facts["gene_columns"]["index"]["mapped"]) == ("lists", 40, 40)
+    assert cli.main(["data", "inspect", str(tmp_path / "a.parquet")]) == 2
+    assert capsys.readouterr().err.startswith("error: a table of lists holds gene ids, not what they stand for")
 
 
 def test_a_module_of_ours_that_is_missing_stays_a_traceback(monkeypatch):

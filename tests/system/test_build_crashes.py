@@ -24,7 +24,7 @@ from data_pipeline.ray_folder import TEMPORARY
 from scgpt.config import load_config
 from tests.data_pipeline.atlases import ROOT, build_here, bytes_of, random_counts, write_h5ad
 
-pytestmark = [pytest.mark.slow, pytest.mark.system]
+pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.timeout(600)]   # a start of Ray is 14 s of CPU
 
 BLOCK_VALUES = 4_000   # many tasks, so that there is time to meddle
 # The command line, with small blocks. KILL_AT=before:MODULE:CLASS:METHOD (or after:) is where the process kills itself.
@@ -58,13 +58,9 @@ def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 class Build:
     """Two atlases, one of them stored by columns, and builds of them."""
 
-    def __init__(self, folder: Path, temporary: Path, workers: str) -> None:
+    def __init__(self, folder: Path, temporary: Path, workers: str, undisturbed: dict[str, bytes]) -> None:
         self.folder, self.temporary, self.out = folder, temporary, folder / "corpus"
-        self.atlases = [write_h5ad(folder / f"atlas{i}.h5ad", form(random_counts(i, 2500, 400, 0.1)))
-                        for i, form in enumerate((sparse.csr_matrix, sparse.csc_matrix))]
-        self.config = folder / "corpus.yaml"
-        self.config.write_text("sources: ['atlas*.h5ad']\ncells: {min_genes: 10}\nsplits: {valid: 0.2}\n"
-                               f"shards: {{max_bytes: 512KiB}}\nworkers: {workers}\n")
+        self.atlases, self.config, self.undisturbed = *write_atlases(folder, workers), undisturbed
 
     def start(self, *, out: Path | None = None, kill_at: str = "") -> "subprocess.Popen[str]":
         words = ["data", "build", str(self.config), "--out", str(out or self.out)]
@@ -86,12 +82,15 @@ class Build:
         process = self.start()
         _, stderr = process.communicate(timeout=200)
         assert process.returncode == 0, stderr
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(plan, "BLOCK_VALUES", BLOCK_VALUES)
-            build_here(load_config(CorpusConfig, str(self.config), kind="corpus"), self.folder / "undisturbed")
-        assert bytes_of(self.out) == bytes_of(self.folder / "undisturbed")
+        assert bytes_of(self.out) == self.undisturbed
         assert not self.running()
         assert not list(self.temporary.glob(f"{TEMPORARY}*"))
+
+    def completes_here(self) -> None:
+        """The same in this process, whose workers find what those of Ray have finished."""
+        assert self.has(".build/records/block-*")
+        build_without_ray(self.config, self.out)
+        assert bytes_of(self.out) == self.undisturbed
 
     def running(self) -> list[str]:
         """Command lines of what Ray has started for builds of this test, a little after they have ended."""
@@ -110,6 +109,22 @@ class Build:
         return any(self.out.glob(pattern))
 
 
+def write_atlases(folder: Path, workers: str) -> tuple[list[Path], Path]:
+    """Two atlases, the same each time, and the configuration of their corpus."""
+    atlases = [write_h5ad(folder / f"atlas{i}.h5ad", form(random_counts(i, 2500, 400, 0.1)))
+               for i, form in enumerate((sparse.csr_matrix, sparse.csc_matrix))]
+    config = folder / "corpus.yaml"
+    config.write_text("sources: ['atlas*.h5ad']\ncells: {min_genes: 10}\nsplits: {valid: 0.2}\n"
+                      f"shards: {{max_bytes: 512KiB}}\nworkers: {workers}\n")
+    return atlases, config
+
+
+def build_without_ray(config: Path, out: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "BLOCK_VALUES", BLOCK_VALUES)
+        build_here(load_config(CorpusConfig, str(config), kind="corpus"), out)
+
+
 def _with_environment(mark: bytes) -> Iterator[str]:
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):   # of somebody else, or gone meanwhile
@@ -117,9 +132,17 @@ def _with_environment(mark: bytes) -> Iterator[str]:
                 yield (process / "cmdline").read_text()
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a build makes that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    build_without_ray(write_atlases(folder, "threads")[1], folder / "corpus")
+    return bytes_of(folder / "corpus")
+
+
 @pytest.fixture(params=["threads", "ray"])
-def build(tmp_path: Path, temporary: Path, request: pytest.FixtureRequest) -> Build:
-    return Build(tmp_path, temporary, request.param)
+def build(tmp_path: Path, temporary: Path, undisturbed: dict[str, bytes], request: pytest.FixtureRequest) -> Build:
+    return Build(tmp_path, temporary, request.param, undisturbed)
 
 
 def test_a_source_that_is_cut_or_damaged_while_it_is_read(build: Build) -> None:
@@ -148,7 +171,8 @@ def test_a_source_that_is_cut_or_damaged_while_it_is_read(build: Build) -> None:
     assert "atlas0.h5ad, X, rows" in told
 
     atlas.write_bytes(whole)
-    build.completes()
+    os.utime(atlas, ns=(modified, modified))
+    build.completes_here()
 
 
 def test_a_source_that_changes_between_plan_and_read(build: Build) -> None:

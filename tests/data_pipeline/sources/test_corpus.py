@@ -167,7 +167,7 @@ def harm_the_manifest(corpus: Path, draw: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("harm", [harm_a_file, harm_the_manifest])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(form=st.sampled_from(["arrow", "zstd", "zarr", "cold"]), seed=st.integers(0, 2**31))
 def test_a_harmed_corpus_gives_an_error_or_its_own_cells(tmp_path_factory: pytest.TempPathFactory,
                                                          forms: dict[str, Path], harm: Any, form: str,

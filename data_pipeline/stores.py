@@ -65,8 +65,7 @@ def write_store_piece(layout: Layout, piece: StorePiece) -> Record:
         made = [zarr_format.write_shard(store, piece.layout, piece.array, piece.number, span)]
     entries = [zarr_format.file_entry(layout.build.path, path) for path in made]
     result = {"files": [entry.model_dump(mode="json") for entry in entries]}
-    return layout.build.write_record(piece.task, result, made, sha256={
-        path: entry.sha256 for path, entry in zip(made, entries, strict=True)})
+    return layout.build.write_record(piece.task, result, made)
 
 
 def store_folder(build: BuildDir, split: str) -> Path:

@@ -132,13 +132,12 @@ def merge_to_shard(layout: Layout, task: ShardTask, expression_type: str) -> Rec
         batches = write_shard(temporary, cells, compression=shards.codec if shards.form == "arrow" else None)
     with files.publish(obs) as temporary:
         write_obs(temporary, known)
-    sha256 = {path: files.sha256(path) for path in (tokens, obs)}
     entry = ShardEntry(
         file=f"{task.split}/{tokens.name}", cells=len(cells), tokens=len(cells.genes), bytes=tokens.stat().st_size,
-        sha256=sha256[tokens], batches=batches,
-        obs=ObsEntry(file=f"{task.split}/{obs.name}", bytes=obs.stat().st_size, sha256=sha256[obs]))
+        sha256=files.sha256(tokens), batches=batches,
+        obs=ObsEntry(file=f"{task.split}/{obs.name}", bytes=obs.stat().st_size, sha256=files.sha256(obs)))
     result = {"entry": entry.model_dump(mode="json"), "sources": _sums(cells, known.column(SOURCE))}
-    return layout.build.write_record(shard_task(task), result, [tokens, obs], sha256=sha256)
+    return layout.build.write_record(shard_task(task), result, [tokens, obs])
 
 
 def source_task(number: int) -> str:

@@ -44,7 +44,7 @@ def read_once(corpus: Path) -> None:
 
 @contextmanager
 def memory_limit(n_bytes: int) -> Iterator[Path | None]:
-    """A memory cgroup of that size, which a process joins by `join`; None where none can be made (told by its type).
+    """A memory cgroup of that size, which a process enters by `join`; None where none can be made.
 
     It is removed at the end, with whatever still runs in it; one that a killed benchmark left is removed by the next.
     """

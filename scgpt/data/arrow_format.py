@@ -6,7 +6,7 @@ buffers of all shards at once (`gather.py`): rejected were `Table.take` (5-8 tim
 batch (a Python call for nearly every cell once a corpus has many batches).
 """
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scgpt.data.corpus_files import RESTORE, CorpusFiles
 from scgpt.data.ipc_message import Codec
 from scgpt.data.manifest import BatchEntry, ShardEntry, check_sizes
+from scgpt.data.read_ahead import ReadAhead, map_for_random_reads
 from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, RaggedBatch, offsets_of
 from scgpt.errors import DataError
 
@@ -83,6 +84,7 @@ class ArrowShards:
     ids: NDArray[np.uint64]          # (batches,)      address of the cell ids
     mappings: Sequence[pa.Table]     # keeps the memory alive
     where: str                       # the corpus
+    read_ahead: ReadAhead = field(default_factory=ReadAhead)
 
     def lengths(self, cells: NDArray[np.int64]) -> NDArray[np.int64]:
         """Values of the given cells, (cells,), without reading a value."""
@@ -104,8 +106,11 @@ class ArrowShards:
         offsets = offsets_of(self._lengths(cells, batches, rows))
         found = RaggedBatch(np.empty(offsets[-1], self.gene_type), np.empty(offsets[-1], self.expression_type), offsets,
                             {CELL_ID: np.empty(len(cells), np.uint64)})
+        columns = [(self.genes, self.gene_type.itemsize), (self.expressions, self.expression_type.itemsize)]
+        asked = self.read_ahead.begin(columns, self.offsets, batches, rows)
         gather.cells(self.genes, self.expressions, self.ids, self.offsets, batches, rows, np.arange(len(cells)),
                      found.genes, found.expressions, offsets, found.columns[CELL_ID])
+        self.read_ahead.end(asked)
         return found
 
     def _lengths(self, cells: NDArray[np.int64], batches: NDArray[np.int64], rows: NDArray[np.int64],
@@ -163,7 +168,7 @@ def value_types(schemas: Sequence[pa.Schema], files: CorpusFiles) -> tuple[np.dt
 
 def _map_shard(path: str, shard: ShardEntry) -> pa.Table:
     try:
-        table = pa.ipc.open_stream(pa.memory_map(path)).read_all()
+        table = pa.ipc.open_stream(map_for_random_reads(path)).read_all()
         table.validate()
         for name in (GENES, EXPRESSIONS, CELL_ID):
             table.schema.field(name)

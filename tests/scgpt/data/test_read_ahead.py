@@ -1,0 +1,53 @@
+import os
+
+import numpy as np
+import pytest
+
+from scgpt.data import TokenDataset, gather, read_ahead
+from tests.scgpt.data.cells import random_cells, write_corpus
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    write_corpus(tmp_path / "corpus", {"train": [random_cells([30] * 100)]}, max_batch_values=700)
+    return TokenDataset.open(tmp_path / "corpus")
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The rows of each telling of the kernel, one a column."""
+    calls, tell = [], gather.will_need
+
+    def noted(addresses, offsets, batches, rows, width):
+        calls.append(rows.tolist())
+        tell(addresses, offsets, batches, rows, width)
+
+    monkeypatch.setattr(gather, "will_need", noted)
+    return calls
+
+
+def test_the_kernel_is_told_of_cells_while_pages_are_missing(dataset, told, monkeypatch):
+    monkeypatch.setattr(read_ahead, "_missing_pages", lambda: 0)
+    cells = np.array([3, 1, 2])
+    for _ in range(read_ahead._TOLD_FETCHES + 3):   # nothing is missing: the first ones only
+        dataset.fetch(cells)
+    assert len(told) == 2 * read_ahead._TOLD_FETCHES
+    faults = iter(range(1_000))
+    monkeypatch.setattr(read_ahead, "_missing_pages", lambda: next(faults))
+    dataset.fetch(cells)   # finds some missing
+    assert len(told) == 2 * read_ahead._TOLD_FETCHES
+    dataset.fetch(cells)
+    assert told[2 * read_ahead._TOLD_FETCHES:] == [cells.tolist()] * 2
+
+
+def test_cells_that_memory_does_not_hold_are_the_same_cells(dataset, told):
+    order = np.random.default_rng(0).permutation(100)
+    expected = dataset.fetch(order)
+    for shard in dataset.entry.shards:
+        with (dataset.path / shard.file).open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    found = TokenDataset.open(dataset.path).fetch(order)
+    np.testing.assert_array_equal(found.genes, expected.genes)
+    np.testing.assert_array_equal(found.expressions, expected.expressions)
+    assert len(told) == 4   # two columns of either fetch

@@ -121,6 +121,7 @@ def ray_workers(address: str | None, directory: BuildDir) -> Iterator[RayWorkers
         finally:
             ray.shutdown()
         return
+    os.environ.setdefault("RAY_worker_niceness", "0")   # Ray's 15 starves the work itself where others are busy
     with ray_folder() as folder:
         ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), num_gpus=0, include_dashboard=False,
                  object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=str(folder), **options)

@@ -5,8 +5,10 @@ files carry the attempt, equal work gives equal bytes, and the record follows th
 """
 import os
 import secrets
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,12 +125,24 @@ def ray_workers(address: str | None, directory: BuildDir) -> Iterator[RayWorkers
         return
     os.environ.setdefault("RAY_worker_niceness", "0")   # Ray's 15 starves the work itself where others are busy
     with ray_folder() as folder:
-        ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), num_gpus=0, include_dashboard=False,
-                 object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=str(folder), **options)
+        with _same_answer_to_sigterm():
+            ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), num_gpus=0, include_dashboard=False,
+                     object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=str(folder), **options)
         try:
             yield RayWorkers(ray, directory.out)
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _same_answer_to_sigterm() -> Iterator[None]:
+    """Keep the program's own, if it has one: Ray's, which `init` puts in its place, exits with a code of failure."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _join(ray: Any, address: str, options: dict[str, Any]) -> None:
@@ -138,7 +152,8 @@ def _join(ray: Any, address: str, options: dict[str, Any]) -> None:
     try:
         if colon and port.isdigit():
             socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
-        ray.init(address=address, **options)
+        with _same_answer_to_sigterm():
+            ray.init(address=address, **options)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         cause = " ".join(str(error).split())[:200]
         raise ConfigError(f"no Ray cluster can be joined: {cause}", where=address, fix=fix) from error

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.interruption import sigterm_interrupts
 from launch.summaries import corpus_summary, describe_corpus, describe_plan, plan_summary
 from launch.words import count, path, seed, size
 from pretrain.progress import say
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _take_overrides(parser, args, rest)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     try:
-        answer = args.run(args)
+        with sigterm_interrupts():
+            answer = args.run(args)
     except KeyboardInterrupt:
         say("interrupted: the same command continues")
         return EXIT_INTERRUPTED
@@ -124,7 +126,8 @@ def data_inspect(args: argparse.Namespace) -> Answer:
 
 def data_peek(args: argparse.Namespace) -> Answer:
     """Show what a global batch is."""
-    from launch.summaries import describe_peek
+    from launch.interruption import sigterm_interrupts
+from launch.summaries import describe_peek
     from pretrain.config import TrainConfig
     from pretrain.peek import peek
     from scgpt.config import load_config
@@ -216,7 +219,8 @@ def embed(args: argparse.Namespace) -> Answer:
 def vocab_build(args: argparse.Namespace) -> Answer:
     """Make a vocabulary of the genes of atlases."""
     from data_pipeline.vocabulary import build_vocab, publish_vocab, sources_of
-    from launch.summaries import describe_vocab, vocab_summary
+    from launch.interruption import sigterm_interrupts
+from launch.summaries import describe_vocab, vocab_summary
 
     built = build_vocab(sources_of(args.sources, gene_column=args.gene_column), species=args.species,
                         min_sources=args.min_sources)

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -117,6 +119,15 @@ def test_an_interrupt_says_that_the_command_continues(
     monkeypatch.setattr(cli, "config_list", interrupt)
     assert cli.main(["config", "list"]) == 75
     assert "the same command continues" in capsys.readouterr().err
+
+
+def test_sigterm_is_an_interruption_and_the_answer_to_it_is_given_back(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "config_list", lambda args: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli.main(["config", "list"]) == 75
+    assert "the same command continues" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_json_is_one_object_on_the_last_line_of_stdout():

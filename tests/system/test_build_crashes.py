@@ -186,6 +186,14 @@ def test_a_source_that_changes_between_plan_and_read(build: Build) -> None:
     build.completes()
 
 
+def test_a_scheduler_s_sigterm_ends_a_build_that_goes_on(build: Build) -> None:
+    process = build.start()
+    build.when(process, lambda: build.has(".build/records/block-*"))
+    process.terminate()
+    assert build.fails(process, 75) == "interrupted: the same command continues"
+    build.completes_here()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a read-only tmpfs")
 def test_an_output_that_cannot_be_written_is_refused(build: Build) -> None:
     disk = build.folder / "disk"

@@ -126,8 +126,7 @@ def data_inspect(args: argparse.Namespace) -> Answer:
 
 def data_peek(args: argparse.Namespace) -> Answer:
     """Show what a global batch is."""
-    from launch.interruption import sigterm_interrupts
-from launch.summaries import describe_peek
+    from launch.summaries import describe_peek
     from pretrain.config import TrainConfig
     from pretrain.peek import peek
     from scgpt.config import load_config
@@ -219,8 +218,7 @@ def embed(args: argparse.Namespace) -> Answer:
 def vocab_build(args: argparse.Namespace) -> Answer:
     """Make a vocabulary of the genes of atlases."""
     from data_pipeline.vocabulary import build_vocab, publish_vocab, sources_of
-    from launch.interruption import sigterm_interrupts
-from launch.summaries import describe_vocab, vocab_summary
+    from launch.summaries import describe_vocab, vocab_summary
 
     built = build_vocab(sources_of(args.sources, gene_column=args.gene_column), species=args.species,
                         min_sources=args.min_sources)

@@ -55,16 +55,24 @@ def draw_in_shares(config: ModelConfig, vocab: GeneVocab, *, device: torch.devic
     encoder = model.get_submodule("transformer_encoder")
     layers: Any = encoder.layers
     drawn = copy.deepcopy(layers[0])
-    for number in range(config.n_layers):
-        if number:
-            layers.append(copy.deepcopy(drawn))
-        part = layers[number] if number else model
-        for tensor in (*part.parameters(), *part.buffers()):
-            is_weight = isinstance(tensor, torch.nn.Parameter)
-            tensor.data = tensor.data.to(device, dtype if is_weight else None)
-        deepspeed.zero.Init(module=part, config_dict_or_path=dict(deepspeed_json), dtype=dtype)
+    _place(model, device, dtype)
+    deepspeed.zero.Init(module=model, config_dict_or_path=dict(deepspeed_json), dtype=dtype)
+    cut: Any = next(model.parameters())   # any parameter in shares can cut others as it was cut
+    for _ in range(config.n_layers - 1):
+        layer = copy.deepcopy(drawn)
+        _place(layer, device, dtype)
+        cut.convert_to_zero_parameters(param_list=list(layer.parameters()))
+        layers.append(layer)
     encoder.num_layers = config.n_layers  # type: ignore[assignment]
     return model
+
+
+def _place(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Weights in `dtype`; buffers stay in their own, as DeepSpeed leaves them."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def switch(model: torch.nn.Module, settings: RunConfig) -> None:

@@ -291,7 +291,8 @@ def begin_slaf(cells: Cells, path: Path) -> Epochs:
     from slaf import SLAFArray
     from slaf.ml import SLAFDataLoader
 
-    stored = SLAFArray(str(path), load_metadata=False)
+    stored = SLAFArray(str(path))
+    stored.wait_for_metadata()
 
     def batches(epoch: int) -> Iterator[Batch]:
         for batch in SLAFDataLoader(stored, batch_size=BATCH, raw_mode=True, verbose=False):

@@ -110,7 +110,7 @@ class ArrowShards:
         asked = self.read_ahead.begin(columns, self.offsets, batches, rows)
         gather.cells(self.genes, self.expressions, self.ids, self.offsets, batches, rows, np.arange(len(cells)),
                      found.genes, found.expressions, offsets, found.columns[CELL_ID])
-        self.read_ahead.end(asked)
+        self.read_ahead.end(asked, len(cells))
         return found
 
     def _lengths(self, cells: NDArray[np.int64], batches: NDArray[np.int64], rows: NDArray[np.int64],

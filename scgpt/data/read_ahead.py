@@ -14,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 _TOLD_FETCHES = 64   # after one that found pages missing; then one goes without, to see whether they still are
+_CELLS_A_PAGE = 8    # as few missing pages as one in so many cells are not worth asking for all
 
 
 def map_for_random_reads(path: str) -> pa.NativeFile:
@@ -47,9 +48,9 @@ class ReadAhead:
                 gather.will_need(addresses, offsets, batches, rows, width)
         return _missing_pages()
 
-    def end(self, before: int) -> None:
-        """Note whether the cells, read by now, had pages that were missing and not asked for."""
-        if _missing_pages() > before:
+    def end(self, before: int, n_cells: int) -> None:
+        """Note whether the cells, read by now, had many pages that were missing and not asked for; a few cost less."""
+        if _missing_pages() - before > n_cells // _CELLS_A_PAGE:
             self._left = _TOLD_FETCHES
 
 

@@ -40,6 +40,14 @@ def test_the_kernel_is_told_of_cells_while_pages_are_missing(dataset, told, monk
     assert told[2 * read_ahead._TOLD_FETCHES:] == [cells.tolist()] * 2
 
 
+def test_a_page_missing_now_and_then_is_not_worth_telling(dataset, told, monkeypatch):
+    faults = iter(range(1_000))
+    monkeypatch.setattr(read_ahead, "_missing_pages", lambda: next(faults))   # one a fetch
+    for _ in range(read_ahead._TOLD_FETCHES + 3):
+        dataset.fetch(np.arange(20))
+    assert len(told) == 2 * read_ahead._TOLD_FETCHES
+
+
 def test_cells_that_memory_does_not_hold_are_the_same_cells(dataset, told):
     order = np.random.default_rng(0).permutation(100)
     expected = dataset.fetch(order)

@@ -13,13 +13,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from launch.interruption import sigterm_interrupts
 from launch.summaries import corpus_summary, describe_corpus, describe_plan, plan_summary
 from launch.words import count, path, seed, size
 from pretrain.progress import say
 from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, explain
+from scgpt.process import end_process
 
 CONFIG_KINDS = ("corpus", "model", "pretrain")
 
@@ -384,5 +385,10 @@ def _out(parser: argparse.ArgumentParser, purpose: str, *, required: bool = True
     parser.add_argument("--out", required=required, type=path, metavar="PATH", help=purpose)
 
 
+def program() -> NoReturn:
+    """`scgpt`, as it is installed."""
+    end_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -51,8 +51,8 @@ class Tracker:
         except Exception as error:  # noqa: BLE001 whatever the tracker raises
             self._run = None
             with suppress(OSError):
-                self._failed(f"wandb failed ({str(error).splitlines()[0] if str(error) else error!r}): the run goes on "
-                             "without it; metrics.jsonl holds all")
+                self._failed(f"wandb failed ({_first_line(error)}): the run goes on without it; metrics.jsonl holds "
+                             "all")
 
     def _start(self, run: Path, config: TrainConfig) -> Any:
         if config.tracking.wandb == "disabled":
@@ -80,9 +80,15 @@ class Tracker:
                                   resume="allow" if mode == "online" else None,   # offline, `wandb sync` joins them
                                   dir=run.resolve(), config=config.model_dump(mode="json"), allow_val_change=True,
                                   settings=wandb.Settings(init_timeout=30, console="off", x_disable_stats=True))
-            except (wandb.Error, OSError) as error:
-                self._failed(f"wandb ({mode}) cannot start: {str(error).splitlines()[0]}")
+            except Exception as error:  # noqa: BLE001 whatever the tracker raises
+                self._failed(f"wandb ({mode}) cannot start: {_first_line(error)}")
+                with suppress(Exception):
+                    wandb.teardown()   # else its service may hold the run's id for the start that it gave up
         return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else repr(error)
 
 
 def run_id(folder: Path) -> str:

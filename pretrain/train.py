@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from pretrain.progress import say
 from scgpt.errors import ConfigError, ScgptError, explain
+from scgpt.process import end_process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,4 +78,4 @@ def _run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

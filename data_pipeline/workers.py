@@ -58,8 +58,8 @@ class Threads:
         """See Workers. Raises what a task raised, once no other is at work: the directory is given free after this."""
         progress.start(stage, sum(job.units for job in jobs), unit)
         with ThreadPoolExecutor(self._n_threads) as pool:
-            tasks = {pool.submit(find_or_do, job.function, layout, job.task, *job.arguments): job for job in jobs}
             try:
+                tasks = {pool.submit(find_or_do, job.function, layout, job.task, *job.arguments): job for job in jobs}
                 for task in as_completed(tasks):
                     with disk_errors(self._out):
                         task.result()

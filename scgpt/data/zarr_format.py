@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,10 @@ _CELLS_SHARE = 8            # chunks of `indptr` and `cell_id` have so many time
 _REMOTE_READS = 16          # at once
 _ENCODING = "gene_encoding"   # attribute of the group:
 _IDS, _DELTAS = "ids", "deltas within a cell"
+# Settings of zarr and of Blosc are the process's, and threads may open and write stores at the same time: one that
+# put back what it found in between would leave behind what another had set.
+_settings = Lock()
+_blosc_before: list[Any] = []   # for each thread that writes now: `use_threads` as it was before the first of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +195,16 @@ def _single_threaded_blosc() -> Iterator[None]:
     """Blosc with threads puts the blocks of a chunk in the order in which they are finished."""
     from numcodecs import blosc
 
-    before, blosc.use_threads = blosc.use_threads, False
+    with _settings:
+        _blosc_before.append(_blosc_before[0] if _blosc_before else blosc.use_threads)
+        blosc.use_threads = False
     try:
         yield
     finally:
-        blosc.use_threads = before
+        with _settings:
+            before = _blosc_before.pop()
+            if not _blosc_before:
+                blosc.use_threads = before
 
 
 # ---- reading ----
@@ -269,7 +279,7 @@ def _open_arrays(files: CorpusFiles, store: str, names: Iterable[str]) -> tuple[
             import zarrs  # noqa: F401 makes its pipeline known
 
             options = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
-    with zarr.config.set(options):   # an array keeps the pipeline that it was opened with
+    with _settings, zarr.config.set(options):   # an array keeps the pipeline that it was opened with
         group = zarr.open_group(opened, mode="r")
         return {name: group[name] for name in names}, dict(group.attrs)
 

@@ -167,7 +167,8 @@ def test_a_sample_tells_where_the_number_of_values_does_not(tmp_path: Path, monk
     judged = estimate(plan)
     assert judged is not None
     assert not judged.core_s > execute._RAY_PAYS_S
-    for limit, pays in ((judged.core_s / 100, True), (judged.core_s * 100, False)):
+    monkeypatch.setattr(execute, "estimate", lambda _: judged)
+    for limit, pays in ((judged.core_s / 2, True), (judged.core_s * 2, False)):
         monkeypatch.setattr(execute, "_RAY_PAYS_S", limit)
         monkeypatch.setattr(execute, "_VALUE_S", (0.0, np.inf))
         assert execute.ray_pays(plan) == pays

@@ -1,4 +1,6 @@
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from scgpt.data import RaggedBatch, TokenDataset, verify_corpus, zarr_chunks, zarr_format
 from scgpt.data.convert import ConvertConfig, convert
+from scgpt.data.shards import open_shards
 from scgpt.errors import DataError
 
 from .cells import cells_strategy, in_memory, random_cells, same_cells, write_corpus
@@ -179,3 +182,44 @@ def test_neither_cells_without_values_nor_zeros_alone_are_lost(tmp_path: Path):
 def test_a_store_cannot_be_mapped_for_hugging_face(stores: Path):
     with pytest.raises(DataError, match="only an Arrow corpus in a folder.*scgpt data convert"):
         TokenDataset.open(stores / "none").to_hf()
+
+
+def test_threads_that_open_stores_leave_zarrs_settings_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another's pipeline left behind would write shards whose bytes differ from time to time."""
+    pytest.importorskip("zarrs")
+    write_corpus(tmp_path / "arrow", {"train": [random_cells([30, 40])]})
+    dataset = TokenDataset.open(as_zarr(tmp_path / "arrow", tmp_path / "zarr"))
+    before, open_group = zarr.config.get("codec_pipeline.path"), zarr.open_group
+    within, first_done = threading.Barrier(2), threading.Event()
+
+    def open_together(*args, **options):
+        try:
+            place = within.wait(timeout=1)   # both have changed the settings; they end one after the other
+        except threading.BrokenBarrierError:
+            place = 0                        # the other is kept out
+        if place:
+            first_done.wait(timeout=10)
+        return open_group(*args, **options)
+
+    def open_store(_: int) -> int:
+        found = len(open_shards(dataset.files, dataset.entry).lengths(np.arange(2)))
+        first_done.set()
+        return found
+
+    monkeypatch.setattr(zarr, "open_group", open_together)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(open_store, range(2))) == [2, 2]
+    assert zarr.config.get("codec_pipeline.path") == before
+
+
+def test_blosc_stays_on_one_thread_until_the_last_of_the_writers_has_ended(monkeypatch: pytest.MonkeyPatch):
+    from numcodecs import blosc
+
+    monkeypatch.setattr(blosc, "use_threads", True)
+    first, second = zarr_format._single_threaded_blosc(), zarr_format._single_threaded_blosc()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert blosc.use_threads is False
+    second.__exit__(None, None, None)
+    assert blosc.use_threads is True

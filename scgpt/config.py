@@ -11,10 +11,18 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from scgpt.errors import ConfigError
 
@@ -26,6 +34,16 @@ class Config(BaseModel):
     """A frozen group of settings; a key that no field declares is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        """Pydantic takes true for 1, so that `splits.valid: true` would hold out every cell."""
+        kinds = set(_leaves(cls.model_fields[str(info.field_name)].annotation))
+        parts = value if isinstance(value, list | tuple) else [value]
+        if kinds & {int, float} and bool not in kinds and any(isinstance(part, bool) for part in parts):
+            raise ValueError("a number is wanted, true and false are none")
+        return value
 
     def to_yaml(self) -> str:
         """The resolved tree as YAML that `load_config` reads back to an equal tree."""
@@ -253,7 +271,8 @@ def _explain(cls: type[Config], error: ValidationError,
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return ConfigError(cause.what, where=cause.where or where, fix=cause.fix)
-    message = str(cause) if cause is not None else fault["msg"]
+    wanted = fault["type"] in {"list_type", "tuple_type"}
+    message = "a list is wanted, in brackets" if wanted else str(cause) if cause is not None else fault["msg"]
     given = f" = {fault['input']!r:.200}" if dotted and not isinstance(fault["input"], Mapping) else ""
     shown = f"'{dotted}'{given}"
     return ConfigError(f"wrong value of {shown}: {message[:1].lower()}{message[1:]}", where=where, fix="mend the value")
@@ -292,6 +311,13 @@ def _configs_in(annotation: Any) -> list[type[Config]]:
             and issubclass(annotation, Config)):
         return [annotation]
     return [found for part in typing.get_args(annotation) for found in _configs_in(part)]
+
+
+def _leaves(annotation: Any) -> list[Any]:
+    """The types that unions, lists and literals in an annotation are made of."""
+    if typing.get_origin(annotation) is Literal:
+        return [type(value) for value in typing.get_args(annotation)]
+    return [leaf for part in typing.get_args(annotation) for leaf in _leaves(part)] or [annotation]
 
 
 def _short(path: Path) -> str:

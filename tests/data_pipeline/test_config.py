@@ -52,6 +52,7 @@ def test_the_keys_that_scripts_rely_on_have_these_defaults(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("override", ["cells.min_gene=3", "splits.by=tissue", "shards.max_bytes=3", "splits.valid=2",
                                       "cells.filter='a ='", "columns=[donor,donor]", "columns=[source]", "sources=[]",
+                                      "splits.valid=true", "cells.max_mito_fraction=true", "columns=donor",
                                       "cells.expression_kind=logs", "vocab=3"])
 def test_wrong_settings_are_refused_with_their_key(tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
@@ -23,6 +23,9 @@ class Outer(Config):
     items: list[Inner] = []
     seed: Seed = 0
     ratio: Share | list[Share] = 0.5
+    stage: Literal[0, 1, 2] = 2
+    loud: bool | Literal["very"] = False
+    pair: tuple[float, float] = (0.1, 0.9)
 
 
 class Item(Config):
@@ -124,6 +127,25 @@ def test_a_file_that_is_wrong_is_refused_in_one_sentence(tmp_path: Path, text: s
 ])
 def test_an_override_that_is_wrong_is_refused_in_one_sentence(tmp_path: Path, override: str, says: str):
     assert says in fault(write(tmp_path / "a.yaml", "seed: 1\n"), override)
+
+
+@pytest.mark.parametrize("setting", ["batch.rate=true", "batch.micro_batch_size=true", "batch.size=false", "seed=true",
+                                     "ratio=true", "ratio=[0.5,true]", "stage=true", "pair=[true,0.5]"])
+def test_true_is_no_number(tmp_path: Path, setting: str):
+    key = setting.partition("=")[0]
+    assert f"wrong value of '{key}'" in (message := fault(write(tmp_path / "a.yaml", ""), setting))
+    assert "a number is wanted" in message
+
+
+@pytest.mark.parametrize("setting", ["items=a", "items={a: 1}", "pair=0.5"])
+def test_what_must_be_a_list_is_called_one(tmp_path: Path, setting: str):
+    assert "a list is wanted, in brackets" in fault(write(tmp_path / "a.yaml", ""), setting)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("true", True), ("false", False), ("very", "very")])
+def test_a_switch_is_still_one(tmp_path: Path, setting: str, value: object):
+    loaded = load_config(Outer, write(tmp_path / "a.yaml", ""), [f"loud={setting}"], kind="pretrain")
+    assert (type(loaded.loud), loaded.loud) == (type(value), value)
 
 
 def test_an_unknown_name_lists_what_ships(tmp_path: Path):

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import math
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -176,7 +177,10 @@ def _changed(source: SourcePlan) -> SourceError:
 
 
 def expand(sources: Sequence[SourceConfig]) -> Iterator[tuple[Location, SourceConfig]]:
-    """Every source that paths and globs stand for, with its settings; SourceError where a glob matches nothing."""
+    """Every source that paths and globs stand for, with its settings.
+
+    Raises SourceError where a glob matches nothing; ConfigError where several files, or no reader, could bear a name.
+    """
     for config in sources:
         pattern = Location.of(config.path)
         found = pattern.expand()
@@ -187,7 +191,16 @@ def expand(sources: Sequence[SourceConfig]) -> Iterator[tuple[Location, SourceCo
                               fix="leave the name out, so that each is called by its file's stem, or list the files")
         for location in found:
             name = config.name or _matched(pattern, location)
+            _check_name(name or location.stem, location)
             yield location, config if name == config.name else config.model_copy(update={"name": name})
+
+
+def _check_name(name: str, location: Location) -> None:
+    """Line breaks and other controls would tear the lines and tables that name a source; no file holds a surrogate."""
+    odd = [sign for sign in name if unicodedata.category(sign) in {"Cc", "Cs", "Zl", "Zp"}]
+    if odd:
+        raise ConfigError(f"the name {name!a} holds the control character {odd[0]!a}",
+                          where=ascii(str(location))[1:-1], fix="give the source a `name` in one line of text")
 
 
 def _matched(pattern: Location, location: Location) -> str | None:

@@ -93,6 +93,21 @@ def test_two_sources_of_one_name_are_refused() -> None:
     assert [source.name for source in make_plan(config_of(BLOOD, {"path": str(BLOOD), "name": "x"})).sources][1] == "x"
 
 
+@pytest.mark.parametrize("odd", ["\n", "\x1b", "\u2028", "\ud800"])
+def test_a_name_that_would_tear_a_line_is_refused(tmp_path: Path, odd: str) -> None:
+    with pytest.raises(ConfigError, match="the name 'a.*b' holds the control character") as caught:
+        make_plan(config_of({"path": str(BLOOD), "name": f"a{odd}b"}))
+    assert odd not in str(caught.value)
+
+
+def test_a_file_whose_name_would_tear_a_line_needs_another(tmp_path: Path) -> None:
+    torn = tmp_path / "a\nb.h5ad"
+    shutil.copy(BLOOD, torn)
+    with pytest.raises(ConfigError, match=r"^the name 'a\\nb' holds .*a\\nb.h5ad\); give the source a `name`"):
+        make_plan(config_of(torn))
+    assert [source.name for source in make_plan(config_of({"path": str(torn), "name": "whole"})).sources] == ["whole"]
+
+
 def test_shards_are_planned_to_stay_below_their_size() -> None:
     plan = make_plan(config_of(PANCREAS, shards={"max_bytes": "1MiB"}, splits={"valid": 0.0}))
     split = plan.splits["train"]

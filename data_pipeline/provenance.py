@@ -52,11 +52,13 @@ def was_seen(corpus: Path | str, asked: str, *, sample: int | None = None, gene_
         gene_table: of a file that holds ids instead of genes: what they stand for.
 
     Returns plain values: `seen`, and what was found where. Raises DataError and SourceError for what cannot be read,
-    ConfigError for a column that the corpus does not keep.
+    ConfigError for a column that the corpus does not keep, or an empty name.
     """
     files = CorpusFiles(corpus)
     manifest = Manifest.read(files)
     column, mark, value = asked.partition("=")
+    if not asked.rpartition("=")[2]:   # a shell variable that is not set: "no" would be a wrong answer
+        raise ConfigError(f"'{asked}' names no file and no group", fix="give a path, a name, or column=name")
     location = Location.of(asked)
     if location.exists():
         return _file_seen(files, manifest, location, sample, gene_table)

@@ -343,7 +343,7 @@ def _add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     cmd = add("convert", data_convert, "write a corpus in another form or compression: the same cells, in their order",
               "scgpt data convert corpus form=zarr compression=lz4 --out cold")
     cmd.add_argument("corpus", metavar="CORPUS", help="its folder, or a URL such as s3://bucket/corpus")
-    cmd.add_argument("overrides", metavar="key=value", nargs="*",
+    cmd.add_argument("overrides", metavar="key=value", nargs="*", default=[],
                      help="form=arrow|zarr (default: as it is), compression=none|zstd|lz4 (default: none)")
     _out(cmd, "new folder of the result")
 
@@ -378,7 +378,7 @@ def _example(*lines: str) -> str:
 
 def _config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one that ships")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings on top of it")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings on top of it")
 
 
 def _out(parser: argparse.ArgumentParser, purpose: str, *, required: bool = True) -> None:

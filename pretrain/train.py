@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # read once, when torch is imported
     parser = argparse.ArgumentParser(prog="pretrain/train.py", description=__doc__)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one that ships")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings on top of it")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings on top of it")
     parser.add_argument("--out", type=_path, metavar="RUN", help="run directory; an interrupted run is continued")
     parser.add_argument("--print-deepspeed-config", action="store_true", help="print what DeepSpeed is given, and stop")
     parser.add_argument("--profile", action="store_true", help="trace a few steps into RUN/profile")

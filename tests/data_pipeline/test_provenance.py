@@ -128,6 +128,12 @@ def test_a_group_is_found_in_its_column_or_in_any(corpus: Path) -> None:
         was_seen(corpus, "sex=male")
 
 
+@pytest.mark.parametrize("asked", ["", "donor="])
+def test_an_empty_name_is_not_answered_with_no(corpus: Path, asked: str) -> None:
+    with pytest.raises(ConfigError, match="names no file and no group"):
+        was_seen(corpus, asked)
+
+
 def test_donors_are_known_by_the_published_groups_where_their_column_is_not_kept(tmp_path: Path) -> None:
     path = write_h5ad(tmp_path / "a.h5ad", random_counts(0, 60, 60), obs={"donor_id": [f"d{i % 6}" for i in range(60)]})
     manifest = build_here(config_of(path, columns=[], splits={"valid": 0.5, "by": "donor"}), tmp_path / "out")

@@ -85,6 +85,12 @@ def test_bad_usage_exits_2(words: list[str], capsys: pytest.CaptureFixture[str])
     assert "error:" in capsys.readouterr().err
 
 
+def test_settings_are_not_asked_for(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli.main(["data", "plan"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: CONFIG\n")
+
+
 @pytest.mark.parametrize(("error", "code"), [
     (ConfigError("wrong", where="here", fix="mend it"), 2), (DataError("wrong", where="here", fix="mend it"), 1),
     (CheckpointError("wrong", where="here", fix="mend it"), 1),

@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     _take_overrides(parser, args, rest)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")   # warnings: fsspec tells of each block that it reads
+    logging.getLogger("scgpt").setLevel(logging.INFO)
     try:
         with sigterm_interrupts():
             answer = args.run(args)

@@ -4,9 +4,11 @@ from pathlib import Path
 
 
 def path(word: str) -> Path:
-    """A path that is not empty."""
+    """A path on this machine that is not empty."""
     if not word:
         raise argparse.ArgumentTypeError("the path is empty")
+    if "://" in word:   # as a path, s3://bucket would become the folder s3: beside us
+        raise argparse.ArgumentTypeError(f"'{word}' is a URL: give a path on this machine, and copy what is made")
     return Path(word)
 
 

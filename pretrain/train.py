@@ -57,6 +57,8 @@ def _is_of_all_ranks(error: Exception) -> bool:
 def _path(word: str) -> Path:
     if not word:
         raise argparse.ArgumentTypeError("the path is empty")
+    if "://" in word:   # as a path, s3://bucket would become the folder s3: beside us
+        raise argparse.ArgumentTypeError(f"'{word}' is a URL: give a path on this machine, and copy what is made")
     return Path(word)
 
 

@@ -48,7 +48,7 @@ def convert(corpus: Path | str, out: Path, config: ConvertConfig) -> Manifest:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise DataError(f"the corpus cannot be written: {reason}", where=str(out),
-                        fix="make room or mend the disk, then convert again: nothing was left") from error
+                        fix="give an --out that can be written, or make room: nothing was left") from error
 
 
 def _write(source: CorpusFiles, manifest: Manifest, out: Path, config: ConvertConfig) -> Manifest:

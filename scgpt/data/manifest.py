@@ -224,6 +224,8 @@ class Manifest(Entry):
         try:
             content = files.read(MANIFEST)
         except DataError as error:
+            if isinstance(error.__cause__, PermissionError):   # it may well be one
+                raise
             raise DataError(f"not a corpus: {error.what}", where=files.where(),
                             fix="give a folder that `scgpt data build CONFIG --out DIR` has made") from error
         damaged = DataError(f"{MANIFEST} was changed after it was written", where=path, fix=RESTORE)

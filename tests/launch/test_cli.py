@@ -74,6 +74,7 @@ def test_settings_are_taken_before_and_after_flags():
     ["data", "build", "demo", "--out", "x", "--nosuch=1"],
     ["verify", "x", "seed=1"],                            # takes no settings
     ["export", "run", "--out", ""],
+    ["data", "build", "demo", "--out", "s3://bucket/corpus"],
     ["embed", "x", "y.h5ad", "--out", "z.h5ad", "--seed", "-1"],
     ["embed", "x", "y.h5ad", "--out", "z.h5ad", "--seed", str(2**63)],
     ["nosuch"], ["data"], [],
@@ -83,6 +84,13 @@ def test_bad_usage_exits_2(words: list[str], capsys: pytest.CaptureFixture[str])
         cli.main(words)
     assert ended.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_libraries_tell_of_warnings_only_and_the_package_of_more():
+    told = ("import logging; from launch import cli; cli.main(['config', 'list']);"
+            "[logging.getLogger(name).info(f'by {name}') for name in ('fsspec', 'scgpt')]")
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr == "by scgpt\n"
 
 
 def test_settings_are_not_asked_for(capsys: pytest.CaptureFixture[str]):

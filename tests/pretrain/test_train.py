@@ -30,6 +30,12 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(capsys, words, says):
     assert errors.count("\n") == 1
 
 
+def test_a_run_is_not_written_to_a_url(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "data.corpus=x", "--out", "s3://bucket/run"])
+    assert "is a URL" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_no_corpus_is_one_sentence_and_leaves_no_run_behind(capsys, tmp_path):
     assert main(["demo", f"data.corpus={tmp_path}", "--out", str(tmp_path / "run")]) == 1
     assert "not a corpus" in capsys.readouterr().err

@@ -107,6 +107,14 @@ def test_opening_what_is_no_corpus_says_so(corpus: Path, spoil, says: str):
         TokenDataset.open(corpus)
 
 
+def test_a_corpus_that_may_not_be_read_is_not_called_none(corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(path: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(DataError, match=r"^the file cannot be read: Permission denied .*; check .* permissions"):
+        TokenDataset.open(corpus)
+
+
 def test_an_unknown_split_lists_the_splits(corpus: Path):
     with pytest.raises(DataError, match="no split 'test'.*train, valid"):
         TokenDataset.open(corpus, "test")

@@ -51,8 +51,9 @@ def was_seen(corpus: Path | str, asked: str, *, sample: int | None = None, gene_
         sample: look at so many cells of a file only, spread over it; None: at all.
         gene_table: of a file that holds ids instead of genes: what they stand for.
 
-    Returns plain values: `seen`, and what was found where. Raises DataError and SourceError for what cannot be read,
-    ConfigError for a column that the corpus does not keep, or an empty name.
+    Returns plain values: `seen` (None where no cell of a file could be compared), and what was found where. Raises
+    DataError and SourceError for what cannot be read, ConfigError for an empty name and for a column that the corpus
+    does not keep.
     """
     files = CorpusFiles(corpus)
     manifest = Manifest.read(files)
@@ -125,7 +126,7 @@ def _file_seen(files: CorpusFiles, manifest: Manifest, location: Location, sampl
             "splits": {name: int(hit.sum()) for name, hit in hits.items()}, "same_file": same,
             "groups": {column: {"values": len(values), "in_corpus": {value: cells for value, cells in values.items()
                                                                      if cells}} for column, values in found.items()},
-            "seen": bool(anywhere or same)}
+            "seen": bool(anywhere or same) if same or len(hashes) else None}   # nothing compared is no "no"
 
 
 def _settings_of(manifest: Manifest, location: Location) -> SourceConfig:

@@ -98,11 +98,17 @@ def _group_seen(facts: Facts) -> list[str]:
             for column, splits in facts["cells"].items()]
 
 
+def _cells_seen(facts: Facts) -> str:
+    of_file = f"({facts['cells_in_file']:,} in the file, {facts['layer']})"
+    if not facts["compared"]:
+        return f"cells: cannot be told, 0 compared {of_file}: each has too few genes of the corpus's vocabulary"
+    splits = ": " + ", ".join(f"{name} {cells:,}" for name, cells in facts["splits"].items())
+    answer = f"{'yes' if facts['seen'] else 'no'}, {facts['found']:,} of {facts['compared']:,} compared"
+    return f"cells: {answer} {of_file} are in the corpus, {facts['share']:.1%}{splits if facts['found'] else ''}"
+
+
 def _file_seen(facts: Facts) -> list[str]:
-    whose = f"{facts['compared']:,} compared ({facts['cells_in_file']:,} in the file, {facts['layer']})"
-    splits = ", ".join(f"{name} {cells:,}" for name, cells in facts["splits"].items())
-    lines = [(f"cells: {'yes' if facts['seen'] else 'no'}, {facts['found']:,} of {whose} are in the corpus, "
-              f"{facts['share']:.1%}" + (f": {splits}" if facts["found"] else ""))]
+    lines = [_cells_seen(facts)]
     if facts["same_file"] is not None:
         lines.append(f"the file is the source '{facts['same_file']}'")
     for column, groups in facts["groups"].items():

@@ -88,7 +88,10 @@ def test_a_sample_has_its_size_and_is_spread(corpus: Path, sample: int) -> None:
 def test_cells_of_few_genes_are_not_compared(tmp_path: Path) -> None:
     path = write_h5ad(tmp_path / "few.h5ad", sparse.csr_matrix(np.eye(40, dtype=np.float32)))
     build_here(config_of(path), tmp_path / "out")
-    assert was_seen(tmp_path / "out", str(path))["compared"] == 0
+    found = was_seen(tmp_path / "out", str(path))
+    assert (found["compared"], found["seen"], found["same_file"]) == (0, True, "few")
+    other = write_h5ad(tmp_path / "other.h5ad", sparse.csr_matrix(2 * np.eye(40, dtype=np.float32)))
+    assert was_seen(tmp_path / "out", str(other))["seen"] is None
 
 
 def test_a_corpus_without_stored_hashes_answers_the_same(corpus: Path, tmp_path: Path) -> None:

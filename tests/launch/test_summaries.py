@@ -2,11 +2,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import sparse
 
 from launch import cli
 from launch.summaries import corpus_summary, describe_corpus
-from tests.data_pipeline.atlases import BLOOD, build_here, config_of
+from tests.data_pipeline.atlases import BLOOD, build_here, config_of, write_h5ad
 
 
 def test_a_plan_tells_limits_memory_time_and_what_is_left_out(tmp_path: Path,
@@ -27,6 +29,13 @@ def test_a_plan_tells_limits_memory_time_and_what_is_left_out(tmp_path: Path,
     assert value["time"]["core_s"] > value["time"]["wall_s"] > 0 or value["time"]["cores"] == 1
     assert value["splits"]["train"]["bytes"] > value["splits"]["valid"]["bytes"] > 0
     assert value["sources"][0]["columns"]["donor"] == "donor"
+
+
+def test_a_file_of_which_nothing_can_be_compared_is_not_answered_with_no(tmp_path: Path, capsys) -> None:
+    build_here(config_of(BLOOD), tmp_path / "out")
+    few = write_h5ad(tmp_path / "few.h5ad", sparse.csr_matrix(np.eye(40, dtype=np.float32)))
+    assert cli.main(["data", "inspect", str(tmp_path / "out"), "--was-seen", str(few)]) == 0
+    assert capsys.readouterr().out.startswith("cells: cannot be told, 0 compared (40 in the file, X): each has too few")
 
 
 def test_a_corpus_says_which_cells_are_equal_and_which_source_is_missing(tmp_path: Path) -> None:

@@ -170,7 +170,12 @@ def _override(tree: _Tree, overrides: Sequence[str]) -> None:
         for key in location[:-1]:
             target = target.setdefault(key, {})
         target[location[-1]] = value
-        tree.merge(nested, {tuple(location): f"command line: {override}"})
+        tree.merge(nested, {tuple(location): f"command line: {_without_secrets(override)}"})
+
+
+def _without_secrets(text: str) -> str:
+    """What is shown of a setting: no `user:password@` of a URL, and nothing after the `?` of a web address."""
+    return re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\",}\]]*", r"\1", re.sub(r"://[^/@\s]*@", "://", text))
 
 
 def validate(cls: type[C], values: Mapping[str, Any],
@@ -273,8 +278,8 @@ def _explain(cls: type[Config], error: ValidationError,
         return ConfigError(cause.what, where=cause.where or where, fix=cause.fix)
     wanted = fault["type"] in {"list_type", "tuple_type"}
     message = "a list is wanted, in brackets" if wanted else str(cause) if cause is not None else fault["msg"]
-    given = f" = {fault['input']!r:.200}" if dotted and not isinstance(fault["input"], Mapping) else ""
-    shown = f"'{dotted}'{given}"
+    named = dotted and not isinstance(fault["input"], Mapping)
+    shown = f"'{dotted}'" + (f" = {_without_secrets(repr(fault['input'])):.200}" if named else "")
     return ConfigError(f"wrong value of {shown}: {message[:1].lower()}{message[1:]}", where=where, fix="mend the value")
 
 

@@ -61,6 +61,15 @@ def test_wrong_settings_are_refused_with_their_key(tmp_path: Path, override: str
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("override", [
+    "sources=[{path: 'https://me:s3cret@host/a.h5ad?key=s3cret', filter: 'a ='}]",
+    "sources='https://me:s3cret@host/a.h5ad?key=s3cret'", "sources=[{paht: 's3://me:s3cret@bucket/a.h5ad'}]"])
+def test_wrong_settings_are_shown_without_the_secrets_of_a_url(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match="sources") as caught:
+        load(written(tmp_path, ""), override)
+    assert "s3cret" not in str(caught.value)
+
+
 def test_no_folder_is_left_in_what_a_corpus_publishes(tmp_path: Path) -> None:
     GeneVocab(["A", "B"]).save_json(tmp_path / "mine.json")
     config = load(written(tmp_path, "sources: [deep/down/a.h5ad]\nvocab: mine.json"))

@@ -62,6 +62,7 @@ class Tracker:
         for name in _DIRS:
             os.environ.setdefault(name, str(folder if name != "WANDB_DIR" else run.resolve()))
         os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.pop("WANDB_SERVICE", None)   # a parent's: it would end with that, and not be torn down by us
         logging.raiseExceptions = False   # wandb's own log on a full disk: no traceback for every line
         for left in folder.glob("tmp*wandb-*"):   # of a start that was killed
             remove(left)

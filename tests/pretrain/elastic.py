@@ -24,6 +24,7 @@ from pretrain.schedule import learning_rate
 from pretrain.world import World, join_world
 from scgpt.config import load_config
 from scgpt.errors import ScgptError
+from scgpt.process import end_process
 
 
 def main(cases: Path) -> None:
@@ -71,3 +72,4 @@ def step(engine: Engine, loader: Loader, number: int, config: TrainConfig, world
 
 if __name__ == "__main__":
     main(Path(sys.argv[-1]))
+    end_process(0)

@@ -15,6 +15,7 @@ from pretrain.corpus import Corpus
 from pretrain.engine import Engine, quiet_deepspeed
 from pretrain.world import join_world
 from scgpt.config import load_config
+from scgpt.process import end_process
 
 
 def memory(name: str) -> int:
@@ -54,3 +55,4 @@ def main(folder: Path, words: list[str]) -> None:
 if __name__ == "__main__":
     place, *settings = (word for word in sys.argv[1:] if not word.startswith("--"))   # the launcher's own
     main(Path(place), settings)
+    end_process(0)

@@ -21,6 +21,7 @@ from pretrain.engine import Engine, quiet_deepspeed
 from pretrain.schedule import learning_rate
 from pretrain.world import World, join_world
 from scgpt.config import load_config
+from scgpt.process import end_process
 
 
 def main(cases: Path) -> None:
@@ -82,3 +83,4 @@ def run(config: TrainConfig, steps: int, world: World) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main(Path(sys.argv[-1]))
+    end_process(0)

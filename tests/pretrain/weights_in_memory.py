@@ -17,6 +17,7 @@ from pretrain.config import TrainConfig
 from pretrain.engine import Engine
 from pretrain.world import join_world
 from scgpt.config import load_config
+from scgpt.process import end_process
 
 
 def in_memory(engine: Engine) -> dict[str, torch.Tensor]:
@@ -50,3 +51,4 @@ def main(cases: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[-1]))
+    end_process(0)

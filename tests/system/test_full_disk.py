@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 
 from pretrain.checkpoint import newest_valid
 from pretrain.metrics import read_rows
@@ -109,6 +110,9 @@ def test_a_run_directory_that_may_not_be_written_to_is_one_sentence(corpus, disk
 
 @pytest.mark.parametrize("listens", [False, True])
 def test_a_tracker_that_does_not_answer_is_told_and_the_run_is_tracked_offline(corpus, tmp_path, monkeypatch, listens):
+    wandb.teardown()
+    wandb.setup()   # a service of its own, as in a notebook that starts a training
+    assert "WANDB_SERVICE" in os.environ
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         if listens:   # but never answers

@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from benchmarks.loader_sides import CLS_ID, GLOBAL_BATCH, MICRO_BATCH
-from pretrain.data import Loader, host_tensors
+from pretrain.data import Loader, groups, host_tensors
 from scgpt.collate import CollateConfig, collate
 from scgpt.collate.binning import (
     as_values,
@@ -116,13 +116,15 @@ def measure(corpus: Path, context: int, rounds: int) -> dict[str, Any]:
         indices, epochs = clocked("order", lambda step=step: loader._order(step))
         lengths = clocked("locate, lengths", lambda indices=indices: cells.lengths_of(indices))
         dealt = clocked("deal out", lambda i=indices, n=lengths: loader._dealt(i, config.n_tokens(n)))
-        for members in dealt:
+        for group in groups(dealt):
+            members = np.concatenate(group)
             found = clocked("fetch", lambda i=indices[members]: cells.fetch(i))
             batch = clocked("collate", lambda found=found, epochs=epochs[members]: collate(
                 found, config, cls_id=CLS_ID, seed=0, epochs=epochs))
             for name, stage in maths(config, found).items():
                 clocked(name, stage)
-            clocked("to tensors", lambda batch=batch: host_tensors(batch, "cpu"))
+            parts = clocked("split", lambda batch=batch, group=group: batch.split([len(part) for part in group]))
+            clocked("to tensors", lambda parts=parts: [host_tensors(part, "cpu") for part in parts])
             if step:
                 n_values, n_tokens, n_cells = (n_values + len(found.genes), n_tokens + batch.n_tokens,
                                                n_cells + len(batch))
@@ -135,7 +137,7 @@ def measure(corpus: Path, context: int, rounds: int) -> dict[str, Any]:
 
 
 STAGES = ("order", "locate, lengths", "deal out", "fetch", "sample", "edges of the bins", "bins", "mask", "pack",
-          "collate", "to tensors", "load")
+          "collate", "split", "to tensors", "load")
 
 
 def copy_bytes_per_s(rounds: int = 7) -> float:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from pretrain.corpus import Corpus
     from scgpt.model.packed import PackedTensors
 
+_CELLS_AT_ONCE = 512   # cells that are read and collated by one call, which itself costs as much as some ten cells do
+
 
 @dataclass(frozen=True, slots=True)
 class GlobalStep:
@@ -115,7 +117,8 @@ class Loader:
         lengths = self.collate_config.n_tokens(self.cells.lengths_of(indices))
         dealt = self._dealt(indices, lengths)
         numbers = of_rank(len(dealt), self.rank, self.world_size)
-        batches = [self._collate(indices[dealt[j]], epochs[dealt[j]]) for j in numbers]
+        batches = [batch for group in groups([dealt[j] for j in numbers])
+                   for batch in self._collate(group, indices, epochs)]
         tensors = [] if self.device is None else [host_tensors(batch, self.device) for batch in batches]
         return GlobalStep(step, numbers, batches, len(indices), len(dealt), tensors)
 
@@ -129,10 +132,25 @@ class Loader:
             return one_domain_batches(lengths, self.labels.batches[indices], self.micro_batch_size)
         return micro_batches(lengths, self.micro_batch_size)
 
-    def _collate(self, indices: NDArray[np.int64], epochs: NDArray[np.int64]) -> PackedBatch:
-        cells = self.cells.fetch(indices)
-        batch = collate(cells, self.collate_config, cls_id=self.cls_id, seed=self.seed, epochs=epochs)
-        return self.labels.attach(batch, indices)
+    def _collate(self, group: list[NDArray[np.int64]], indices: NDArray[np.int64],
+                 epochs: NDArray[np.int64]) -> list[PackedBatch]:
+        """The micro-batches of a group, read and collated together."""
+        together = np.concatenate(group)
+        cells = self.cells.fetch(indices[together])
+        batch = collate(cells, self.collate_config, cls_id=self.cls_id, seed=self.seed, epochs=epochs[together])
+        return self.labels.attach(batch, indices[together]).split([len(places) for places in group])
+
+
+def groups(dealt: list[NDArray[np.int64]]) -> Iterator[list[NDArray[np.int64]]]:
+    """Neighbouring micro-batches that are worked on together: _CELLS_AT_ONCE cells, or one of more."""
+    group: list[NDArray[np.int64]] = []
+    for places in dealt:
+        if group and sum(map(len, group)) + len(places) > _CELLS_AT_ONCE:
+            yield group
+            group = []
+        group.append(places)
+    if group:
+        yield group
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Several corpora as one: their cells numbered through."""
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -43,16 +43,19 @@ class Mixture:
         return lengths
 
     def fetch(self, indices: NDArray[np.integer]) -> RaggedBatch:
-        """The given cells in the given order, with `cell_id`."""
+        """The given cells in the given order, with `cell_id`; their values in one type, whichever cells they are."""
         parts = list(self._by_corpus(indices))
+        fetched = [replace(cells, expressions=cells.expressions.astype(self._value_type, copy=False))
+                   for cells in (part.fetch(own) for part, _, own in parts)]
         if len(parts) == 1:
-            return parts[0][0].fetch(parts[0][2])
-        fetched = [part.fetch(own) for part, _, own in parts]
-        value_type = _common([cells.expressions.dtype for cells in fetched])
-        joined = RaggedBatch.concatenate([RaggedBatch(cells.genes, cells.expressions.astype(value_type, copy=False),
-                                                      cells.offsets, cells.columns) for cells in fetched])
+            return fetched[0]
+        joined = RaggedBatch.concatenate(fetched)
         places = np.concatenate([places for _, places, _ in parts])
         return joined.take(np.argsort(places, kind="stable"))
+
+    @cached_property
+    def _value_type(self) -> np.dtype[np.generic]:
+        return _common([part.fetch(np.empty(0, np.int64)).expressions.dtype for part in self.parts if len(part)])
 
     def _by_corpus(self, indices: NDArray[np.integer],
                    ) -> "Sequence[tuple[TokenDataset, NDArray[np.int64], NDArray[np.int64]]]":

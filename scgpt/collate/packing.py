@@ -2,6 +2,8 @@
 
 Cell i owns tokens [cu_seqlens[i], cu_seqlens[i + 1]), the layout that variable-length attention kernels take.
 """
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +40,21 @@ class PackedBatch:
     def n_targets(self) -> int:
         """Positions that count in the loss."""
         return int(np.count_nonzero(self.target_mask))
+
+    def split(self, counts: Sequence[int]) -> list["PackedBatch"]:
+        """Batches of the first counts[0] cells, the next counts[1], ...; together all of them. Tokens are shared."""
+        if len(counts) == 1:
+            return [self]
+        bounds = np.cumsum([0, *counts])
+        return [self._part(slice(first, stop)) for first, stop in itertools.pairwise(bounds.tolist())]
+
+    def _part(self, cells: slice) -> "PackedBatch":
+        boundaries = self.cu_seqlens[cells.start:cells.stop + 1]
+        tokens = slice(boundaries[0], boundaries[-1])
+        return PackedBatch(self.gene_ids[tokens], self.values[tokens], self.targets[tokens], self.target_mask[tokens],
+                           boundaries - boundaries[0], int(np.diff(boundaries).max(initial=0)), self.cell_ids[cells],
+                           *(None if column is None else column[cells] for column in (
+                               self.perception_lengths, self.class_labels, self.batch_labels)))
 
     def padded(self, pad_id: int, pad_value: float) -> dict[str, NDArray[np.generic]]:
         """Upstream's batch, every row padded at its end to the longest: the keys of its collator.

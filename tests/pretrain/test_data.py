@@ -74,6 +74,15 @@ def test_a_step_has_the_same_cells_and_tensors_with_any_accumulation(micro_batch
     assert merged(micro_batch_size) == merged(2)
 
 
+@pytest.mark.parametrize("at_once", [1, 5, 20])
+def test_a_step_has_the_same_micro_batches_however_many_are_worked_on_together(at_once, monkeypatch):
+    together = step_of(5, 1)
+    monkeypatch.setattr(data, "_CELLS_AT_ONCE", at_once)
+    apart = step_of(5, 1)
+    assert together.keys() == apart.keys()
+    assert all(equal(together[number], apart[number]) for number in together)
+
+
 @settings(max_examples=15, deadline=None)
 @given(world_size=st.sampled_from([1, 2, 3, 8]), workers=st.integers(0, 3), first_step=st.integers(0, 10_000),
        data=st.data())

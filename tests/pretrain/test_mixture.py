@@ -123,3 +123,11 @@ def test_a_mixture_trains_validates_and_goes_on(folders, tmp_path):
     code, errors = runs.train(corpora.replace("weight: 2", "weight: 3"), tmp_path / "run", *settings)
     assert code == 2
     assert "not the one that the run was started with" in errors
+
+
+def test_values_have_the_type_of_all_corpora_whichever_cells_are_asked_for(mixture):
+    for indices in ([0, 1], [60, 61], [0, 60]):
+        assert mixture.fetch(np.array(indices)).expressions.dtype == np.float32
+    whole = mixture.parts[0].fetch(np.array([3])).expressions
+    assert whole.dtype == np.uint16
+    np.testing.assert_array_equal(mixture.fetch(np.array([3])).expressions, whole)

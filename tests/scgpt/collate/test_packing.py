@@ -1,6 +1,8 @@
 import numpy as np
+import pytest
 
-from scgpt.collate import PackedBatch
+from scgpt.collate import CollateConfig, PackedBatch, collate
+from tests.scgpt.collate.cells import CLS_ID, random_cells
 
 
 def test_the_padded_view_holds_upstreams_keys_padded_at_the_end():
@@ -28,3 +30,17 @@ def test_the_padded_view_of_a_cell_in_two_parts_has_upstreams_keys_each_part_pad
         "pcpt_key_padding_mask": [[False, False], [False, False]], "gen_gene": [[4, 6], [7, 0]],
         "gen_expr_target": [[8, 2], [4, -2]], "gen_key_padding_mask": [[False, False], [False, True]]}
     assert padded["gen_gene"].dtype == np.int64
+
+
+@pytest.mark.parametrize("task", ["pcpt", "gen"])
+def test_the_parts_of_a_batch_are_the_batches_of_their_cells(task):
+    cells, config = random_cells(12, longest=60), CollateConfig(40, task=task)
+    whole = collate(cells, config, cls_id=CLS_ID, seed=2, epochs=0)
+    parts = whole.split([5, 0, 1, 6])
+    for part, span in zip(parts, [range(5), range(5, 5), range(5, 6), range(6, 12)], strict=True):
+        alone = collate(cells.take(np.array(span, np.int64)), config, cls_id=CLS_ID, seed=2, epochs=0)
+        for name in ("gene_ids", "values", "targets", "target_mask", "cu_seqlens", "cell_ids", "perception_lengths"):
+            one, other = getattr(part, name), getattr(alone, name)
+            np.testing.assert_array_equal(one, other)
+            assert getattr(one, "dtype", None) == getattr(other, "dtype", None)
+        assert part.max_seqlen == alone.max_seqlen

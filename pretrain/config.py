@@ -4,11 +4,11 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from pretrain.order import Blocks
 from scgpt.collate import CollateConfig
-from scgpt.config import Config, ConfigPlace, Seed
+from scgpt.config import Config, ConfigPlace, Seed, validate
 from scgpt.errors import ConfigError
 from scgpt.model.config import ModelConfig
 from scgpt.vocab import SPECIAL_TOKENS, GeneVocab
@@ -24,6 +24,11 @@ MAY_DIFFER = ("train.max_steps", "train.max_epochs", "train.max_tokens", "train.
               "train.deterministic", "train.precision", "train.max_skipped_steps", "train.max_rollbacks",
               "train.patience", "train.min_improvement", "train.peak_tflops", "train.probe_every", "data.corpus",
               "data.workers", "batch.micro_batch_size", "deepspeed.", "tracking.")
+
+
+# Keys of earlier versions that are gone -> the value with which this version does what they did. Who removes a field
+# writes it here: runs that had that value go on, others are refused.
+GONE: dict[str, Any] = {}
 
 
 class MixtureConfig(Config):
@@ -114,6 +119,13 @@ class BatchConfig(Config):
         return f"start {ranks[-1]} rank(s), or {larger}" if ranks else larger
 
 
+def refuse_muon(name: object) -> None:
+    """Raise ConfigError where an optimizer is Muon."""
+    if str(name).lower() == "muon":
+        raise ConfigError("the optimizer Muon is not offered: DeepSpeed clips its update in ZeRO 1 to 3 only",
+                          fix="set optimizer.name=adamw; docs/engine.md says how far apart the weights are")
+
+
 class OptimizerConfig(Config):
     """AdamW (Loshchilov, Hutter: Decoupled weight decay regularization, 2019); Adam where weight_decay is 0."""
 
@@ -123,6 +135,12 @@ class OptimizerConfig(Config):
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.0        # a step's decay is lr x weight_decay
     grad_clip: NonNegative = 1.0           # largest norm of the whole gradient; 0: not clipped
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _is_no_muon(cls, value: object) -> object:
+        refuse_muon(value)
+        return value
 
 
 class ScheduleConfig(Config):
@@ -260,6 +278,35 @@ class TrainConfig(Config):
         if self.model.input_emb_style != "category" or self.model.kind == "generator":
             return collating
         return replace(collating, pad_value=self.model.pad_value, mask_value=self.model.pad_value + 1)
+
+
+def config_of_run(saved: Mapping[str, Any], *, where: str) -> tuple[TrainConfig, list[str]]:
+    """The configuration that a run was saved with, and the keys in it that are gone since and are passed over.
+
+    `saved` is its JSON form, of this version or an earlier one. Raises ConfigError where a key that is gone had a value
+    that no longer can be, or this version does not take what is there.
+    """
+    passed_over = [key for key, _ in _flat(saved) if key in GONE]
+    values: dict[str, Any] = dict(saved)
+    for key in passed_over:
+        values, value = _without(values, key.split("."))
+        if value != GONE[key]:
+            raise ConfigError(f"the run was started with {key}={value!r}, which this version no longer has",
+                              where=where, fix="go on with the version that wrote it")
+    try:
+        return validate(TrainConfig, values), passed_over
+    except ConfigError as error:
+        raise ConfigError(f"the run was started with settings that this version does not take: {error.what}",
+                          where=where, fix="go on with the version that wrote it") from error
+
+
+def _without(tree: Mapping[str, Any], key: list[str]) -> tuple[dict[str, Any], Any]:
+    """A copy of a tree without a key, and its value."""
+    rest = dict(tree)
+    if len(key) == 1:
+        return rest, rest.pop(key[0])
+    rest[key[0]], value = _without(tree[key[0]], key[1:])
+    return rest, value
 
 
 def differences(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:

@@ -9,19 +9,23 @@ from typing import Any
 
 import torch
 
-from pretrain.config import DeepSpeedConfig, TrainConfig
+from pretrain.config import DeepSpeedConfig, TrainConfig, refuse_muon
 from pretrain.precision import resolve_precision
 from scgpt.errors import ConfigError
 
 _BUCKET_VALUES = 50_000_000   # values of a gradient or parameter message: 200 MB of float32
 _CPU_BUCKET_VALUES = 8_000_000   # 32 MB, which the allocator keeps: 67 ms a demo step for 89 on two ranks
 _NEVER = 10**9
+# Keys of DeepSpeed's that a setting of ours decides, by which the engine goes too -> that setting.
+_OURS = {"train_batch_size": "batch.global_batch_size", "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+         "gradient_accumulation_steps": "the sizes under batch", "zero_optimization.stage": "deepspeed.zero_stage",
+         "bf16.enabled": "train.precision", "fp16.enabled": "train.precision"}
 
 
 def deepspeed_json(config: TrainConfig, *, world_size: int, precision: str, on_cpu: bool) -> dict[str, Any]:
     """What `deepspeed.initialize` is given.
 
-    Raises ConfigError where the batch sizes do not fit, and where an override would change the batch behind our back.
+    Raises ConfigError where the batch sizes do not fit, and where an override would change what a setting decides.
     """
     optimizer = config.optimizer
     derived: dict[str, Any] = {
@@ -53,10 +57,18 @@ def deepspeed_json(config: TrainConfig, *, world_size: int, precision: str, on_c
         "disable_allgather": False, "disable_python_gc": False, "dataloader_drop_last": False,
     }
     merged = _merged(derived, config.deepspeed.overrides)
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        if merged[key] != derived[key]:
-            raise ConfigError(f"deepspeed.overrides changes '{key}'", fix="set the sizes under batch instead")
+    refuse_muon(_at(merged, "optimizer.type"))
+    for keys, instead in _OURS.items():
+        if _at(merged, keys) != _at(derived, keys):
+            raise ConfigError(f"deepspeed.overrides changes '{keys}'", fix=f"set {instead} instead")
     return merged
+
+
+def _at(tree: Any, keys: str) -> Any:
+    """The value at dotted keys; None where there is none."""
+    for key in keys.split("."):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def _accumulation_dtype(stage: int, precision: str) -> str:

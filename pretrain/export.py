@@ -16,12 +16,11 @@ from torch import Tensor
 
 from pretrain import checkpoint
 from pretrain.checkpoint import SUMS, RunState, check_sums, sums_bytes
-from pretrain.config import TrainConfig
+from pretrain.config import config_of_run
 from pretrain.release import args_json, config_json, model_card
 from pretrain.run_directory import VOCAB
 from pretrain.shards import Shards
 from scgpt.collate import CollateConfig
-from scgpt.config import validate
 from scgpt.data.schema import offsets_of
 from scgpt.errors import CheckpointError, ConfigError
 from scgpt.files import json_bytes, publish, remove_abandoned, sha256, write_bytes
@@ -65,7 +64,7 @@ def export(run: Path, out: Path, *, step: str = "best", dtype: str = "float32", 
     check_new(out)
     folder = checkpoint.find(run, step)
     state = checkpoint.validate(folder)
-    config = validate(TrainConfig, state.config)
+    config, _ = config_of_run(state.config, where=str(folder))
     vocab = vocab_of(run, state)
     remove_abandoned(out)
     with publish(out) as building:

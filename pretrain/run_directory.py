@@ -11,14 +11,14 @@ from pathlib import Path
 
 from pretrain import checkpoint
 from pretrain.checkpoint import RunState
-from pretrain.config import TrainConfig, differences
+from pretrain.config import TrainConfig, config_of_run, differences
 from pretrain.corpus import Corpus
 from pretrain.metrics import RunLog
 from pretrain.precision import resolve_precision
 from pretrain.progress import say
 from pretrain.recovery import hold_rank
 from pretrain.world import World
-from scgpt.config import load_config, validate
+from scgpt.config import read_values
 from scgpt.errors import ConfigError
 from scgpt.files import TEMPORARY_PREFIX, remove, write_bytes
 
@@ -65,13 +65,16 @@ def open_run(config: TrainConfig, path: Path, corpus: Corpus, world: World) -> I
     world.of_first(lambda: _claim(path))
     with hold_rank(path, world, tell=say):
         total = total_steps(config, corpus)
-        world.of_first(lambda: _check_same(config, path))
+        passed_over = world.of_first(lambda: _check_same(config, path))
         log = RunLog(path, config, total_steps=total, first=world.is_first)
         try:
             state = world.of_first(lambda: _restore(path, corpus, log))
             if state.step == 0:
                 _begin(state, config, corpus, world)
-            before = validate(TrainConfig, state.config) if state.config else None
+            for key in passed_over:
+                log.event("setting_passed_over", f"the run was started by a version that had the setting {key}; it had "
+                                                 "the value that this version computes with", key=key)
+            before = config_of_run(state.config, where=str(path / CHECKPOINTS))[0] if state.config else None
             state.config = config.model_dump(mode="json")
             yield OpenRun(path, state, log, total, before)
         except BaseException as error:
@@ -94,14 +97,17 @@ def _claim(path: Path) -> None:
                           fix="give a directory that you may write to") from error
 
 
-def _check_same(config: TrainConfig, path: Path) -> None:
+def _check_same(config: TrainConfig, path: Path) -> list[str]:
+    """Hold a configuration against the one that is saved; the keys of an earlier version that are passed over."""
     saved = path / CONFIG
-    if saved.is_file():
-        before = load_config(TrainConfig, saved, kind="pretrain")
-        found = differences(before.model_dump(mode="json"), config)
-        if found:
-            raise ConfigError(f"the run was started with another configuration ({'; '.join(found)})", where=str(saved),
-                              fix="give the same values to continue it, or another --out to start a new run")
+    if not saved.is_file():
+        return []
+    before, passed_over = config_of_run(read_values(saved), where=str(saved))
+    found = differences(before.model_dump(mode="json"), config)
+    if found:
+        raise ConfigError(f"the run was started with another configuration ({'; '.join(found)})", where=str(saved),
+                          fix="give the same values to continue it, or another --out to start a new run")
+    return passed_over
 
 
 def _restore(path: Path, corpus: Corpus, log: RunLog) -> RunState:

@@ -19,14 +19,13 @@ from torch import Tensor
 
 from pretrain import checkpoint
 from pretrain.checkpoint import SUMS, check_sums
-from pretrain.config import TrainConfig
+from pretrain.config import config_of_run
 from pretrain.engine import Engine
 from pretrain.export import vocab_of
 from pretrain.fragments import fragments, refresh_weights
 from pretrain.run_directory import CHECKPOINTS, VOCAB
 from pretrain.shards import Shards, copy_range
 from pretrain.world import World
-from scgpt.config import validate
 from scgpt.errors import CheckpointError, ConfigError
 from scgpt.files import sha256
 from scgpt.model.config import ModelConfig, read_args
@@ -97,7 +96,7 @@ def open_source(path: Path, world: World) -> Source:
 
 def _of_checkpoint(folder: Path, world: World) -> Source:
     state = world.of_first(lambda: checkpoint.validate(folder))
-    config = validate(TrainConfig, state.config)
+    config, _ = config_of_run(state.config, where=str(folder))
     vocab = vocab_of(folder.parents[1], state)
     shards = Shards(folder, stage=state.zero_stage, world_size=state.world_size)
     return Source(config.model, vocab, shards.shapes, shards.parts, {

@@ -155,6 +155,13 @@ def load_config(cls: type[C], config: str | Path, overrides: Sequence[str] = (),
     return validate(cls, tree.values, origin=tree.origin)
 
 
+def read_values(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file as they are, of whatever version; raises ConfigError where it is none."""
+    tree = _Tree()
+    _read(path, tree, ())
+    return tree.values
+
+
 def config_of(cls: type[C], overrides: Sequence[str]) -> C:
     """The defaults of `cls` with `key=value` on top; raises ConfigError as load_config does."""
     tree = _Tree()

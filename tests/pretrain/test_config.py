@@ -1,6 +1,7 @@
 import pytest
 
-from pretrain.config import BatchConfig, TrainConfig, differences, other_terms
+from pretrain import config as module
+from pretrain.config import BatchConfig, TrainConfig, config_of_run, differences, other_terms
 from scgpt.config import load_config, shipped_configs
 from scgpt.errors import ConfigError
 from scgpt.vocab import PUBLISHED, GeneVocab
@@ -42,6 +43,8 @@ def test_the_base_recipe_has_the_published_numbers():
     ("objective.mask_ratio=[]", "objective.mask_ratio"),
     ("tracking.wandb=maybe", "tracking.wandb"),
     ("train.max_steps=null", "nothing ends this run"),
+    ("optimizer.name=Muon", "Muon is not offered: DeepSpeed clips its update in ZeRO 1 to 3 only"),
+    ("optimizer.name=sgd", "optimizer.name"),
 ])
 def test_a_wrong_setting_is_named(setting, says):
     with pytest.raises(ConfigError) as caught:
@@ -70,6 +73,30 @@ def test_a_run_may_not_go_on_with_anything_else_changed(setting):
     key = setting.partition("=")[0]
     found = differences(config_of().model_dump(mode="json"), config_of(setting))
     assert [line.partition(":")[0] for line in found] == [key]
+
+
+def with_key(saved: dict, key: str, value: object) -> dict:
+    """As a version saved it that had one key more."""
+    group, name = key.split(".")
+    return saved | {group: saved[group] | {name: value}}
+
+
+def test_a_key_that_is_gone_is_passed_over_where_the_run_had_the_value_that_we_compute_with(monkeypatch):
+    monkeypatch.setitem(module.GONE, "objective.moon_phase", 0.5)
+    monkeypatch.setitem(module.GONE, "train.tides", "low")
+    now = config_of("model.dropout=0.25")
+    saved = now.model_dump(mode="json")
+    assert config_of_run(saved, where="run") == (now, [])
+    assert config_of_run(with_key(saved, "objective.moon_phase", 0.5), where="run") == (now, ["objective.moon_phase"])
+    assert saved == now.model_dump(mode="json")   # what was given is as it was
+    with pytest.raises(ConfigError, match=r"moon_phase=0.25, .* no longer has \(run\); go on with the version"):
+        config_of_run(with_key(saved, "objective.moon_phase", 0.25), where="run")
+
+
+def test_a_key_of_a_newer_version_is_refused_in_one_sentence():
+    saved = with_key(config_of().model_dump(mode="json"), "train.moon_phase", 0.5)
+    with pytest.raises(ConfigError, match=r"not take: unknown key 'train.moon_phase' \(run\); go on with the version"):
+        config_of_run(saved, where="run")
 
 
 def test_micro_batches_that_decide_which_cells_are_drawn_may_not_change():

@@ -263,15 +263,21 @@ def test_sizes_that_do_not_fit_the_ranks_are_refused_with_one_that_does(corpus):
         deepspeed_json(config_of(corpus), world_size=3, precision="fp32", on_cpu=True)
 
 
-def test_overrides_reach_any_key_but_the_batch(corpus):
+def test_overrides_reach_any_key_but_what_a_setting_decides(corpus):
     config = config_of(corpus, "deepspeed.overrides={zero_optimization: {overlap_comm: true}, new_key: 1}")
     derived = deepspeed_json(config, world_size=1, precision="fp32", on_cpu=True)
     assert derived["zero_optimization"]["overlap_comm"] is True
     assert derived["zero_optimization"]["stage"] == 2
     assert derived["new_key"] == 1
-    with pytest.raises(ConfigError, match="train_batch_size"):
-        deepspeed_json(config_of(corpus, "deepspeed.overrides={train_batch_size: 9}"), world_size=1, precision="fp32",
-                       on_cpu=True)
+    for overrides, says in (("train_batch_size: 9", "'train_batch_size'; set batch.global_batch_size instead"),
+                            ("zero_optimization: {stage: 3}", "'zero_optimization.stage'; set deepspeed.zero_stage"),
+                            ("bf16: {enabled: true}", "'bf16.enabled'; set train.precision instead"),
+                            ("optimizer: null, fp16: null", "'fp16.enabled'"),
+                            ("optimizer: {type: Muon}", "the optimizer Muon is not offered")):
+        with pytest.raises(ConfigError) as caught:
+            deepspeed_json(config_of(corpus, f"deepspeed.overrides={{{overrides}}}"), world_size=1, precision="fp32",
+                           on_cpu=True)
+        assert says in str(caught.value)
 
 
 def test_what_is_offloaded_stands_in_the_json_and_is_updated_by_torchs_adam(corpus):

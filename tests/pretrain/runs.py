@@ -1,12 +1,14 @@
 """Real trainings of a very small model, as subprocesses: on one rank, or on several under the deepspeed launcher."""
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ TIMINGS = {"cells_per_s", "tokens_per_s", "tflops_per_s", "mfu", "step_time_s", 
 MODEL = ("model.n_layers=2", "model.d_model=16", "model.n_heads=2", "model.d_hid=16", "objective.context_length=32")
 SETTINGS = (*MODEL, "batch.global_batch_size=8", "batch.micro_batch_size=2", "schedule.warmup_steps=3",
             "train.log_every=5", "train.eval_every=50", "train.save_every=20", "tracking.wandb=disabled",
-            "deepspeed.timeout_s=60")
+            "deepspeed.timeout_s=200")   # what a rank may lag behind on a busy machine
 
 
 def make_corpus(folder: Path, *, n_train: int = 60, n_valid: int = 13) -> Path:
@@ -48,9 +50,15 @@ def write_two_sources(folder: Path) -> Path:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that no connection takes by chance before the launcher's first rank listens on it, seconds from now.
+
+    Connections and servers without a port of their own have those of the system's range, 32768 and up.
+    """
+    while True:
+        port = random.randrange(20_000, 32_768)
+        with socket.socket() as probe, suppress(OSError):   # taken: another one
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def command(corpus: Path, out: Path, settings: tuple[str, ...], ranks: int) -> list[str]:
@@ -127,7 +135,7 @@ def train_here(corpus: Path, out: Path, *settings: str) -> int:
         return loop.train(load_config(TrainConfig, "demo", words, kind="pretrain"), out)
 
 
-def wait_for_step(process: "subprocess.Popen[str]", out: Path, step: int, *, within_s: float = 120) -> None:
+def wait_for_step(process: "subprocess.Popen[str]", out: Path, step: int, *, within_s: float = 400) -> None:
     deadline = time.monotonic() + within_s
     while not any(row["step"] >= step for row in read_rows(out / "metrics.jsonl")):
         assert process.poll() is None, process.communicate()[1]
@@ -135,7 +143,7 @@ def wait_for_step(process: "subprocess.Popen[str]", out: Path, step: int, *, wit
         time.sleep(0.01)
 
 
-def wait_for_start(process: "subprocess.Popen[str]", out: Path, number: int, *, within_s: float = 120) -> None:
+def wait_for_start(process: "subprocess.Popen[str]", out: Path, number: int, *, within_s: float = 400) -> None:
     """Until a run was begun or continued that many times: RUN/ranks names the processes of this start."""
     deadline = time.monotonic() + within_s
     while sum(event in {"start", "resume"} for event in events(out)) < number:

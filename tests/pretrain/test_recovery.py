@@ -12,11 +12,11 @@ from pretrain.world import World, join_world
 from scgpt.errors import CheckpointError
 
 _HOLDER = """
-import fcntl, sys, time
+import fcntl, sys
 stream = open(sys.argv[1], "a+")
 fcntl.flock(stream, fcntl.LOCK_EX)
 print("held", flush=True)
-time.sleep(float(sys.argv[2]))
+sys.stdin.read()
 """
 
 
@@ -26,10 +26,12 @@ def world():
         yield joined
 
 
-def hold_elsewhere(path, seconds):
+def hold_elsewhere(path):
+    """A process that holds a rank's lock until its stdin is closed."""
     path.parent.mkdir(exist_ok=True)
     path.write_text("4711 elsewhere\n")
-    process = subprocess.Popen([sys.executable, "-c", _HOLDER, str(path), str(seconds)], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", _HOLDER, str(path)], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
     return process
 
@@ -56,15 +58,20 @@ def test_a_held_run_names_its_process(world, tmp_path):
 
 @pytest.mark.parametrize("name", ["rank-00000", "rank-00005"])   # 5: a rank that this start does not have
 def test_ranks_of_the_last_start_are_waited_for(world, tmp_path, name):
-    process, told = hold_elsewhere(tmp_path / "ranks" / name, 1.0), []
-    with hold_rank(tmp_path, world, tell=told.append, wait_s=30):
-        assert process.wait(timeout=5) == 0   # it has gone before we began
+    process, told = hold_elsewhere(tmp_path / "ranks" / name), []
+
+    def tell(line):
+        told.append(line)
+        process.stdin.close()   # now it ends
+
+    with hold_rank(tmp_path, world, tell=tell, wait_s=60):
+        assert process.wait(timeout=60) == 0   # it has gone before we began
     assert told == ["waiting for process 4711 on elsewhere, a rank of the last start that is still there"]
     process.stdout.close()
 
 
 def test_a_run_in_use_is_refused_and_its_process_named(world, tmp_path):
-    process = hold_elsewhere(tmp_path / "ranks" / "rank-00000", 60)
+    process = hold_elsewhere(tmp_path / "ranks" / "rank-00000")
     held = hold_rank(tmp_path, world, tell=lambda line: None, wait_s=0.2)
     with pytest.raises(CheckpointError, match="the run is in use: process 4711 on elsewhere"), held:
         pytest.fail("it began beside the other")
@@ -93,8 +100,9 @@ def test_ctrl_c_twice_ends_at_once():
 
 
 def test_the_time_limit_asks_to_stop():
-    with Interruption(0.05) as interruption:
+    with Interruption(3600.0) as interruption:
         assert interruption.reason is None
+    with Interruption(0.05) as interruption:
         time.sleep(0.06)
         assert interruption.reason == "train.max_time_s is over"
 

@@ -93,8 +93,8 @@ class Build:
         assert not differing(bytes_of(self.out), self.undisturbed)
 
     def running(self) -> list[str]:
-        """Command lines of what Ray has started for builds of this test, a little after they have ended."""
-        mark, deadline = f"SCGPT_RAY_FOLDER={self.temporary}/".encode(), time.monotonic() + 5
+        """Command lines of what Ray has started for builds of this test, once it had time to end."""
+        mark, deadline = f"SCGPT_RAY_FOLDER={self.temporary}/".encode(), time.monotonic() + 60
         while (found := list(_with_environment(mark))) and time.monotonic() < deadline:
             time.sleep(0.1)
         return found

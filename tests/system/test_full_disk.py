@@ -4,7 +4,6 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,16 +81,22 @@ def test_a_disk_that_is_full_in_the_middle_ends_the_run_after_what_is_saved(corp
     """A row of metrics is what fails first, unless a checkpoint is on its way."""
     out = disk / "run"
 
+    ended = threading.Event()
+
     def fill_amid() -> None:
         while not any(row["step"] > 12 for row in read_rows(out / "metrics.jsonl")):
-            time.sleep(0.002)
+            if ended.wait(0.002):
+                return
         fill(disk)
 
     thread = threading.Thread(target=fill_amid)
     thread.start()
-    with pytest.raises((OSError, CheckpointError)) as caught:
-        runs.train_here(corpus, out, *STEPS, "train.max_steps=100000")
-    thread.join()
+    try:
+        with pytest.raises((OSError, CheckpointError)) as caught:
+            runs.train_here(corpus, out, *STEPS, "train.max_steps=100000")
+    finally:
+        ended.set()
+        thread.join()
     assert "make room" in str(explain(caught.value))
     assert newest_valid(out / "checkpoints")[0] is not None
     (disk / "filler").unlink()
@@ -108,10 +113,19 @@ def test_a_run_directory_that_may_not_be_written_to_is_one_sentence(corpus, disk
         assert explain(caught.value) is not None
 
 
+@pytest.fixture
+def service() -> Iterator[None]:
+    """A W&B service of this process, as of a notebook that starts a training."""
+    wandb.teardown()
+    wandb.setup()
+    yield
+    wandb.teardown()
+    assert "WANDB_SERVICE" not in os.environ   # nor do later tests find it
+
+
+@pytest.mark.usefixtures("service")
 @pytest.mark.parametrize("listens", [False, True])
 def test_a_tracker_that_does_not_answer_is_told_and_the_run_is_tracked_offline(corpus, tmp_path, monkeypatch, listens):
-    wandb.teardown()
-    wandb.setup()   # a service of its own, as in a notebook that starts a training
     assert "WANDB_SERVICE" in os.environ
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

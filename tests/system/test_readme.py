@@ -2,11 +2,11 @@
 import os
 import pwd
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.readme import blocks
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(2400)]
 ROOT = Path(__file__).resolve().parents[2]
-REUSE_S = 60.0    # a second demo only looks at what is there
+REUSE_CPU_S = 60.0    # a second demo only looks at what is there
 
 
 @pytest.fixture
@@ -63,6 +63,12 @@ def shell(machine: Path, script: str) -> str:
     return run.stdout
 
 
+def cpu_seconds() -> float:
+    """Of all programs that this process has started and that have ended; a busy machine takes no more of them."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_every_block_of_the_readme_runs_as_printed(machine: Path):
     page = blocks(ROOT / "README.md")
     typed = [block for block in page if block.reason_not_executed is None and block.language in ("bash", "python")]
@@ -78,9 +84,9 @@ def test_every_block_of_the_readme_runs_as_printed(machine: Path):
 
     assert [path for folder in ("home", "tmp") for path in (machine / folder).iterdir()] == []
 
-    start = time.monotonic()
+    before = cpu_seconds()
     second = shell(machine, typed[0].code)
-    assert time.monotonic() - start < REUSE_S
+    assert cpu_seconds() - before < REUSE_CPU_S
     assert second.count("reused") == first.count("== ") - 1   # all stages, and no kill
     assert first.splitlines()[-9:] == second.splitlines()[-9:]
 

@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 
 from launch.interruption import sigterm_interrupts
 from launch.summaries import corpus_summary, describe_corpus, describe_plan, plan_summary
-from launch.words import count, path, seed, size
 from pretrain.progress import say
 from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, explain
 from scgpt.process import end_process
+from scgpt.words import count, path, seed, size
 
 CONFIG_KINDS = ("corpus", "model", "pretrain")
 

@@ -1,7 +1,9 @@
 """The model that a run begins with: its first weights, and how it computes.
 
 Every rank draws the same weights, from the seed alone. The layers of a model are copies of one, so that in ZeRO 3 a
-rank never holds more than the embedding, one layer and its share of all parameters: see `draw_in_shares`.
+rank never holds more than the embedding, the decoders, two layers and its share of all parameters: see
+`draw_in_shares`. Linear layers are no copies: each continues the draw of the one before, and the decoders that of the
+last, so that a rank would have to draw all of them twice to keep its share alone; it draws the whole model.
 """
 import copy
 import os
@@ -35,7 +37,7 @@ def first_model(config: TrainConfig, vocab: GeneVocab, *, device: torch.device, 
     On the CPU in float32; in ZeRO 3 already in shares, in `dtype` and where `deepspeed_json` wants them.
     """
     torch.manual_seed(torch_seed(config.train.seed, 0, 0, PURPOSE_WEIGHTS))
-    if config.deepspeed.zero_stage == 3 and config.model.layers != "linear":   # whose layers are drawn one by one
+    if config.deepspeed.zero_stage == 3 and config.model.layers != "linear":
         model = draw_in_shares(config.model, vocab, device=device, dtype=dtype, deepspeed_json=deepspeed_json)
     else:
         model = build_model(config.model, vocab)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pretrain.progress import say
 from scgpt.errors import ConfigError, ScgptError, explain
 from scgpt.process import end_process
+from scgpt.words import path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pretrain/train.py", description=__doc__)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one that ships")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings on top of it")
-    parser.add_argument("--out", type=_path, metavar="RUN", help="run directory; an interrupted run is continued")
+    parser.add_argument("--out", type=path, metavar="RUN", help="run directory; an interrupted run is continued")
     parser.add_argument("--print-deepspeed-config", action="store_true", help="print what DeepSpeed is given, and stop")
     parser.add_argument("--profile", action="store_true", help="trace a few steps into RUN/profile")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)   # the launcher's; LOCAL_RANK says the same
@@ -52,14 +53,6 @@ def _is_of_all_ranks(error: Exception) -> bool:
     from pretrain.world import RankError
 
     return not isinstance(error, RankError)
-
-
-def _path(word: str) -> Path:
-    if not word:
-        raise argparse.ArgumentTypeError("the path is empty")
-    if "://" in word:   # as a path, s3://bucket would become the folder s3: beside us
-        raise argparse.ArgumentTypeError(f"'{word}' is a URL: give a path on this machine, and copy what is made")
-    return Path(word)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -26,35 +26,14 @@ __all__ = ["AffineExprDecoder", "ClsDecoder", "GeneEncoder", "PositionalEncoding
 class TransformerGenerator(KeepsGeneEmbeddings):
     """The perturbation model. Parameters, defaults and state-dict names are upstream's; ours are keyword-only.
 
-    `domain_spec_batchnorm` and `CCE` have no effect, as upstream. Arguments as TransformerModel's, and:
+    `domain_spec_batchnorm` and `CCE` have no effect, as upstream. Arguments as TransformerModel's, but for:
 
     Args:
-        ntoken: size of the vocabulary.
-        d_model: width of a token.
-        nhead: attention heads.
-        d_hid: width of the feed-forward.
-        nlayers: layers.
-        nlayers_cls: layers of the class decoder.
-        n_cls: classes.
-        vocab: mapping that holds `pad_token`.
-        dropout: everywhere but where `attention_dropout` says otherwise.
-        pad_token: its embedding is never trained.
-        pad_value: value at padding.
         pert_pad_id: which of the three flags (0, 1, 2) is padding: its embedding is never trained.
-        do_mvc: build the MVC decoder.
-        domain_spec_batchnorm: no effect.
         n_input_bins: above 0: values are binned cell by cell before they are encoded; decoders use them as they are.
-        cell_emb_style: "cls", "avg-pool" or "w-pool".
-        mvc_decoder_style: see MVCDecoder.
         decoder_activation: class of torch.nn for coefficient and bias.
         decoder_adaptive_bias: bias times the mean of the cell's non-zero values.
-        ecs_threshold: of the ECS loss.
         explicit_zero_prob: decoders also give the probability of a non-zero value; eval mode then samples.
-        use_fast_transformer: flash names (or the linear backend) instead of torch's names.
-        fast_transformer_backend: "flash" or "linear".
-        pre_norm: upstream's "pre" scheme; has no effect on torch-named layers.
-        attention_dropout: of the attention probabilities; None: as `dropout`.
-        attention_backend: one of `scgpt.model.attention.BACKENDS`.
     """
 
     def __init__(self, ntoken: int, d_model: int, nhead: int, d_hid: int, nlayers: int, nlayers_cls: int, n_cls: int,

@@ -1,4 +1,7 @@
+import logging
+import os
 import time
+from unittest.mock import patch
 
 import pytest
 
@@ -44,7 +47,19 @@ def test_every_start_of_a_run_has_its_id(tmp_path):
     assert run_id(tmp_path / "other") != first
 
 
+@pytest.fixture
+def own_process(monkeypatch):
+    """What a tracker changes for the process is as it was afterwards: later tests start programs, and log."""
+    import wandb
+
+    monkeypatch.setattr(logging, "raiseExceptions", logging.raiseExceptions)
+    with patch.dict(os.environ):
+        yield
+        wandb.teardown()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_process")
 def test_offline_each_start_keeps_the_rows_of_metrics_jsonl_under_one_id(tmp_path):
     told: list[str] = []
     for start in (1, 2):

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launch.interruption import sigterm_interrupts
 from launch.summaries import corpus_summary, describe_corpus, describe_plan, plan_summary
 from pretrain.progress import say
-from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, explain
-from scgpt.process import end_process
+from scgpt.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, explain
+from scgpt.process import end_process, open_streams, signals_interrupt
 from scgpt.words import count, path, seed, size
 
 CONFIG_KINDS = ("corpus", "model", "pretrain")
@@ -39,6 +38,7 @@ Command = Callable[[argparse.Namespace], Answer]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    open_streams()
     # Threads that wait must sleep: spinning, two of them on a busy machine made a training step ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # read once, when torch is imported
     parser = build_parser()
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, format="%(message)s")   # warnings: fsspec tells of each block that it reads
     logging.getLogger("scgpt").setLevel(logging.INFO)
     try:
-        with sigterm_interrupts():
+        with signals_interrupt():
             answer = args.run(args)
     except KeyboardInterrupt:
         say("interrupted: the same command continues")
@@ -64,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(answer.value, allow_nan=False) if args.json else answer.text, flush=True)  # noqa: T201 the answer
     except BrokenPipeError:   # whoever reads has seen enough; nothing is left to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:   # a full disk, a terminal that was closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say(f"error: what was done cannot be told: {error.strerror} (stdout); give it a file on a disk with room")
+        return answer.exit_code or EXIT_FAILED
     return int(answer.exit_code)
 
 
@@ -168,7 +172,7 @@ def train(args: argparse.Namespace) -> Answer:
     from pretrain.config import TrainConfig
     from pretrain.deepspeed_json import describe_json
     from pretrain.loop import train as train_run
-    from pretrain.metrics import METRICS, read_rows
+    from pretrain.metrics import METRICS, last_row
     from scgpt.config import load_config
 
     config = load_config(TrainConfig, args.config, args.overrides, kind="pretrain")
@@ -178,8 +182,7 @@ def train(args: argparse.Namespace) -> Answer:
     if args.out is None:
         raise ConfigError("there is no run directory", where="command line", fix="give --out RUN")
     code = train_run(config, args.out, profile=args.profile)
-    rows = read_rows(args.out / METRICS)
-    return Answer(str(args.out), {"run": str(args.out), "last": rows[-1] if rows else None}, code)
+    return Answer(str(args.out), {"run": str(args.out), "last": last_row(args.out / METRICS)}, code)
 
 
 def export(args: argparse.Namespace) -> Answer:

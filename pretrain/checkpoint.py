@@ -206,7 +206,11 @@ def find(run: Path, step: str) -> Path:
     if step in (BEST, LATEST):
         for pointer in dict.fromkeys((step, LATEST)):   # without validation the best one is the newest
             if (checkpoints / pointer).is_file():
-                return checkpoints / (checkpoints / pointer).read_text(encoding="utf-8").strip()
+                name = (checkpoints / pointer).read_text(encoding="utf-8", errors="replace").strip()
+                if name not in map(checkpoint_name, available):
+                    raise CheckpointError(f"it names no checkpoint: {name!r}", where=str(checkpoints / pointer),
+                                          fix=f"give one of the steps {', '.join(map(str, available))} by its number")
+                return checkpoints / name
         return checkpoints / checkpoint_name(available[-1])
     if not step.isdecimal() or int(step) not in available:
         raise CheckpointError(f"there is no checkpoint '{step}'", where=str(checkpoints),

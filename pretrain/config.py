@@ -16,6 +16,9 @@ from scgpt.vocab import SPECIAL_TOKENS, GeneVocab
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+Seconds = Annotated[float, Field(gt=0.0, le=1e8)]  # of a wait: up to three years
+Size = Annotated[int, Field(gt=0, lt=1 << 31)]     # of what is held in memory or counted by 32-bit integers
+Count = Annotated[int, Field(gt=0, lt=1 << 63)]    # of steps and tokens
 
 # A run may be continued with other values of these (and with its corpus moved): they decide how long and where it runs,
 # what is kept and shown, how a global batch is cut up; not which cells a step trains on.
@@ -43,9 +46,9 @@ class DataConfig(Config):
 
     corpus: ConfigPlace | Annotated[list[MixtureConfig], Field(min_length=1)]   # one, or a mixture of several
     order: Literal["shuffled", "blocks"] = "shuffled"   # blocks: neighbours together, for cold or remote storage
-    block_cells: PositiveInt = 1024        # cells of a block
-    window_blocks: PositiveInt = 64        # blocks that are mixed with each other
-    full_genes: PositiveInt | None = None  # cells with fewer expressed genes are drawn in proportion; null: all alike
+    block_cells: Size = 1024        # cells of a block
+    window_blocks: Size = 64        # blocks that are mixed with each other
+    full_genes: Size | None = None  # cells with fewer expressed genes are drawn in proportion; null: all alike
     one_domain_batches: bool = False       # a micro-batch holds cells of one value of batch_column
     valid_split: str | None = "valid"      # held-out split; null: no validation
     class_column: str | None = None        # metadata column of the corpus that `cls` predicts
@@ -95,8 +98,8 @@ class ObjectiveConfig(Config):
 class BatchConfig(Config):
     """Cells of one optimizer step: global = micro x accumulation x world_size, checked at start."""
 
-    global_batch_size: PositiveInt = 512   # cells an optimizer step, over all ranks
-    micro_batch_size: PositiveInt = 32     # cells a rank a forward pass
+    global_batch_size: Size = 512   # cells an optimizer step, over all ranks
+    micro_batch_size: Size = 32     # cells a rank a forward pass
 
     def accumulation(self, world_size: int) -> int:
         """Forward passes of a rank in a step; ConfigError where the sizes do not fit, with ones that do."""
@@ -155,9 +158,9 @@ class ScheduleConfig(Config):
 class RunConfig(Config):
     """How long a run is, and how often it reports; the first limit reached ends it."""
 
-    max_steps: PositiveInt | None = None   # optimizer steps
+    max_steps: Count | None = None   # optimizer steps
     max_epochs: Positive | None = None     # passes over the train split
-    max_tokens: PositiveInt | None = None  # tokens trained on, `<cls>` and context_length counted
+    max_tokens: Count | None = None  # tokens trained on, `<cls>` and context_length counted
     max_time_s: Positive | None = None     # seconds of this start: then checkpoint, exit code 75
     seed: Seed = 0               # of weights, order, sampling, masks and dropout
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"   # auto: bf16 on a GPU that has it, else fp32
@@ -189,7 +192,7 @@ class DeepSpeedConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 2    # what is spread over ranks: nothing, optimizer, + gradients, + parameters
     offload_optimizer: bool = False        # master weights, moments and update on the CPU; stages 1 to 3
     offload_params: bool = False           # parameters wait on the CPU until they are used; stage 3
-    timeout_s: Positive = 600.0            # a collective that takes longer ends the job: a rank is hung or gone
+    timeout_s: Seconds = 600.0             # a collective that takes longer ends the job: a rank is hung or gone
     overrides: dict[str, Any] = Field(default_factory=dict)   # keys of DeepSpeed's own JSON, merged last
 
     @model_validator(mode="after")
@@ -240,6 +243,8 @@ class TrainConfig(Config):
                "set model.input_emb_style=continuous, or objective.task=pcpt")
         yield (generative and model.cell_emb_style == "w-pool", "generation tokens have no value to weigh by",
                "set model.cell_emb_style=cls, or objective.task=pcpt")
+        yield (self.data.valid_split == "train", "data.valid_split is what the run trains on",
+               "name another split of the corpus, or set data.valid_split=null")
         probed = self.train.probe_every > 0
         yield (probed and (self.data.class_column is None or self.data.valid_split is None),
                "train.probe_every needs held-out cells of known class", "set data.class_column and data.valid_split")
@@ -318,6 +323,13 @@ def differences(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
     decisive = ("batch.micro_batch_size",) if config.data.one_domain_batches else ()   # cells are drawn by micro-batch
     keys = [key for key in sorted({*before, *now}) if key in decisive or not key.startswith(MAY_DIFFER)]
     return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)]
+
+
+def other_settings(before: TrainConfig, now: TrainConfig) -> list[str]:
+    """`key was -> is` of the settings that a run goes on with; stage and precision are told as they came out."""
+    was, wanted = (dict(_flat(config.model_dump(mode="json"))) for config in (before, now))
+    return [f"{key} {was.get(key)} -> {wanted.get(key)}" for key in sorted({*was, *wanted})
+            if was.get(key) != wanted.get(key) and key not in ("deepspeed.zero_stage", "train.precision")]
 
 
 def other_terms(before: TrainConfig, now: TrainConfig, *, ranks: tuple[int, int]) -> list[str]:

@@ -50,6 +50,9 @@ class Corpus:
         name = config.data.valid_split
         valid = [TokenDataset.open(part.path, name) for part in parts] if name is not None else []
         valid = [dataset for dataset in valid if len(dataset)]
+        if config.train.patience is not None and not valid:
+            raise ConfigError(f"train.patience needs validations, and split '{name}' has no cell", where=where,
+                              fix="set train.patience=null, or build the corpus with held-out cells")
         vocab = train[0].vocab
         missing = [token for token in (CLS, PAD) if token not in vocab]
         if missing:

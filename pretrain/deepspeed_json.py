@@ -16,10 +16,11 @@ from scgpt.errors import ConfigError
 _BUCKET_VALUES = 50_000_000   # values of a gradient or parameter message: 200 MB of float32
 _CPU_BUCKET_VALUES = 8_000_000   # 32 MB, which the allocator keeps: 67 ms a demo step for 89 on two ranks
 _NEVER = 10**9
-# Keys of DeepSpeed's that a setting of ours decides, by which the engine goes too -> that setting.
+# Keys of DeepSpeed's that a setting of ours decides, by which the engine or the schedule goes too -> that setting.
 _OURS = {"train_batch_size": "batch.global_batch_size", "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
          "gradient_accumulation_steps": "the sizes under batch", "zero_optimization.stage": "deepspeed.zero_stage",
-         "bf16.enabled": "train.precision", "fp16.enabled": "train.precision"}
+         "bf16.enabled": "train.precision", "fp16.enabled": "train.precision", "optimizer.params.lr": "optimizer.lr",
+         "scheduler": "schedule.kind"}
 
 
 def deepspeed_json(config: TrainConfig, *, world_size: int, precision: str, on_cpu: bool) -> dict[str, Any]:
@@ -100,12 +101,25 @@ def _zero_json(settings: DeepSpeedConfig, *, on_cpu: bool) -> dict[str, Any]:
     return every
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """`above` over `below`; ConfigError for another kind of value, which DeepSpeed may find out amid a step."""
     merged = dict(below)
     for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merged(merged[key], value) if both else value
+        place, wanted = f"{path}{key}", _kind(below.get(key))
+        if wanted and _kind(value) != wanted:
+            raise ConfigError(f"wrong value of deepspeed.overrides '{place}' = {value!r}: {wanted} is wanted",
+                              where="deepspeed.overrides", fix="mend the value")
+        merged[key] = _merged(merged[key], value, f"{place}.") if wanted == "a mapping" else value
     return merged
+
+
+def _kind(value: object) -> str | None:
+    """What a value is, in words; None for what DeepSpeed takes other kinds in the place of."""
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, bool):
+        return "true or false"
+    return "a number" if isinstance(value, int | float) else None
 
 
 def describe_json(config: TrainConfig, world_size: int) -> str:

@@ -53,6 +53,9 @@ def read_labels(config: TrainConfig, splits: Sequence[Split]) -> tuple[list[Labe
             raise ConfigError(f"{unknown} cells have no value in column '{data.batch_column}'",
                               where="data.batch_column", fix="name a column that every cell has, for example 'source'")
         _check_room(values, data.batch_column, "model.n_batch_labels", model.n_batch_labels)
+        if model.domain_spec_batchnorm and config.batch.micro_batch_size == 1 and not splits[0].lengths.all():
+            raise ConfigError("a cell without genes is one token, of which no batch norm has a variance",
+                              where="batch.micro_batch_size", fix="set it to 2, or model.domain_spec_batchnorm=false")
         own_norms = model.domain_spec_batchnorm in (True, "dsbn") or (model.domain_spec_batchnorm and model.generative)
         if own_norms and len(values) > 1 and not data.one_domain_batches:
             raise ConfigError(f"'{data.batch_column}' has {len(values)} domains whose cells share a micro-batch: "

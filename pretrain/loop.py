@@ -10,7 +10,7 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.checkpoint import RunState
-from pretrain.config import RunConfig, TrainConfig, other_terms
+from pretrain.config import RunConfig, TrainConfig, other_settings, other_terms
 from pretrain.corpus import Corpus
 from pretrain.data import GlobalStep, Loader
 from pretrain.engine import Engine
@@ -85,6 +85,7 @@ class Training:
         if self.state.step:
             self._tell_of_other_micro_batches(run.before or config)
             changed = checkpoint.load(self.engine, self.checkpoints, self.state, world)
+            changed += other_settings(run.before or config, config)
         elif config.model.init_from is not None:
             self.state.lineage = begin_from(config.model.init_from, self.engine, config.model, corpus.vocab, world)
             self.log.event("begin_from", **self.state.lineage)
@@ -101,7 +102,9 @@ class Training:
             text = f"continuing from step {self.state.step} of {self.total_steps}"
             self.log.event("resume", "; ".join([text, *changed]), **facts, changed=changed)
             return
-        self.log.event("start", f"training {self.total_steps} steps on {self.world.world_size} rank(s)", **facts)
+        unseen = self.config.data.valid_split if self.held_out is None else None
+        self.log.event("start", f"training {self.total_steps} steps on {self.world.world_size} rank(s)"
+                       + (f"; split '{unseen}' has no cell to validate on" if unseen else ""), **facts)
         if self.held_out is not None:
             self.state.gene_mean_loss = self.held_out.gene_mean_loss(self.corpus.train, len(self.corpus.vocab))
             self.log.event("gene_mean", loss_gene_mean=self.state.gene_mean_loss)
@@ -264,7 +267,8 @@ class Training:
     def _note_improvement(self, loss: float) -> None:
         """What `train.patience` counts."""
         state, least = self.state, self.config.train.min_improvement
-        if state.patience_loss is None or loss < state.patience_loss - least:
+        best = math.inf if state.patience_loss is None else state.patience_loss
+        if loss < best - least:   # never one that is not finite
             state.patience_loss, state.n_not_improved = loss, 0
         else:
             state.n_not_improved += 1

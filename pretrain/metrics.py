@@ -74,6 +74,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last row of a JSON lines file; None where there is none. What stands before it is not read."""
+    if not path.is_file():
+        return None
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return dict(json.loads(lines[-1])) if lines else None
+
+
 class RunLog:
     """Everything a run reports. On other ranks than the first it does nothing.
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import IO, Any, cast
 
+_FOR_EVER_S = 1e9   # 30 years: such a number of steps means that something else ends the run
+
 
 class LastingStderr(io.TextIOBase):
     """stderr, which becomes /dev/null when it can no longer be written to."""
@@ -52,7 +54,8 @@ def describe(row: Mapping[str, Any], total_steps: int) -> str:
     step = f"step {row['step']}/{total_steps}  "
     if row["split"] == "train":
         mfu = "" if row["mfu"] is None else f"  MFU {row['mfu']:.1%}"
-        left = timedelta(seconds=round((total_steps - row["step"]) * row["step_time_s"]))
+        left_s = (total_steps - row["step"]) * row["step_time_s"]
+        left = timedelta(seconds=round(left_s)) if left_s < _FOR_EVER_S else "for ever"
         return (f"{step}loss {row['loss']:.2f}  lr {row['lr']:.2e}  grad {row['grad_norm']:.2f}  "
                 f"{row['cells_per_s']:,.0f} cells/s  {row['tokens_per_s']:,.0f} tokens/s{mfu}  {left} left")
     if "knn_accuracy" in row:

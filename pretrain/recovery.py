@@ -21,8 +21,8 @@ import torch
 from pretrain.world import World
 from scgpt.collate import PackedBatch
 from scgpt.errors import CheckpointError
+from scgpt.process import INTERRUPTING, Interrupter, may_interrupt
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ORPHAN_WAIT_S = 120.0   # how long a start waits for ranks of the last one: they end by themselves after a step
 _POLL_S = 0.5
 
@@ -41,8 +41,10 @@ class Interruption:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
+        for number in filter(may_interrupt, INTERRUPTING):
+            earlier = self._previous[number] = signal.signal(number, self._note)
+            if isinstance(earlier, Interrupter):
+                self._signal = earlier.number
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -19,7 +19,7 @@ from pretrain.progress import say
 from pretrain.recovery import hold_rank
 from pretrain.world import World
 from scgpt.config import read_values
-from scgpt.errors import ConfigError
+from scgpt.errors import CheckpointError, ConfigError
 from scgpt.files import TEMPORARY_PREFIX, remove, write_bytes
 
 CONFIG, DEEPSPEED, VOCAB, CHECKPOINTS = "config.yaml", "deepspeed.json", "vocab.json", "checkpoints"
@@ -75,6 +75,8 @@ def open_run(config: TrainConfig, path: Path, corpus: Corpus, world: World) -> I
                 log.event("setting_passed_over", f"the run was started by a version that had the setting {key}; it had "
                                                  "the value that this version computes with", key=key)
             before = config_of_run(state.config, where=str(path / CHECKPOINTS))[0] if state.config else None
+            if before is not None:   # config.yaml is there to be read, and may have been edited
+                _refuse_other(before, config, where=path / CHECKPOINTS / checkpoint.checkpoint_name(state.step))
             state.config = config.model_dump(mode="json")
             yield OpenRun(path, state, log, total, before)
         except BaseException as error:
@@ -103,11 +105,15 @@ def _check_same(config: TrainConfig, path: Path) -> list[str]:
     if not saved.is_file():
         return []
     before, passed_over = config_of_run(read_values(saved), where=str(saved))
+    _refuse_other(before, config, where=saved)
+    return passed_over
+
+
+def _refuse_other(before: TrainConfig, config: TrainConfig, *, where: Path) -> None:
     found = differences(before.model_dump(mode="json"), config)
     if found:
-        raise ConfigError(f"the run was started with another configuration ({'; '.join(found)})", where=str(saved),
+        raise ConfigError(f"the run was started with another configuration ({'; '.join(found)})", where=str(where),
                           fix="give the same values to continue it, or another --out to start a new run")
-    return passed_over
 
 
 def _restore(path: Path, corpus: Corpus, log: RunLog) -> RunState:
@@ -116,6 +122,10 @@ def _restore(path: Path, corpus: Corpus, log: RunLog) -> RunState:
     state, skipped = checkpoint.newest_valid(checkpoints)
     for text in skipped:
         log.event("checkpoint_skipped", f"checkpoint {text}")
+    damaged = checkpoint.steps_of(checkpoints)
+    if state is None and damaged:
+        raise CheckpointError(f"none of the run's checkpoints is whole: {'; '.join(skipped)}", where=str(checkpoints),
+                              fix="bring one back from a copy, or remove them to begin the run anew")
     for left_over in checkpoints.glob(f"{TEMPORARY_PREFIX}*"):
         remove(left_over)
     if state is None:

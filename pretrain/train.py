@@ -11,8 +11,8 @@ import traceback
 from collections.abc import Sequence
 
 from pretrain.progress import say
-from scgpt.errors import ConfigError, ScgptError, explain
-from scgpt.process import end_process
+from scgpt.errors import EXIT_INTERRUPTED, ConfigError, ScgptError, explain
+from scgpt.process import end_process, open_streams, signals_interrupt
 from scgpt.words import path
 
 
@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A failure is one sentence on stderr, from rank 0 or from the rank that has it alone.
     """
+    open_streams()
     # Threads that wait must sleep: spinning, two of them on a busy machine made a training step ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # read once, when torch is imported
     parser = argparse.ArgumentParser(prog="pretrain/train.py", description=__doc__)
@@ -34,7 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     rank = int(os.environ.get("RANK", "0"))
     try:
-        return _run(args)
+        with signals_interrupt():   # until the loop has handlers of its own
+            return _run(args)
+    except KeyboardInterrupt:
+        if rank == 0:
+            say("interrupted: the same command continues")
+        return EXIT_INTERRUPTED
     except Exception as found:
         error = explain(found)
         if error is None:

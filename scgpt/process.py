@@ -1,9 +1,61 @@
-"""How a program of ours ends."""
+"""How a program of ours begins and ends: its standard streams, the signals that interrupt it, its exit code."""
 import atexit
 import os
+import signal
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import NoReturn
+
+# What schedulers send, a terminal that is closed, and Ctrl-C.
+INTERRUPTING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
+
+def open_streams() -> None:
+    """Lead standard streams that were closed (`2>&-`) to /dev/null: the next file to be opened would take their place.
+
+    What libraries write to stderr would go into that file. Call it before anything is opened.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:   # so Python marks those that it found closed
+            nowhere = os.open(os.devnull, os.O_RDWR)   # the lowest number that is free: that of the stream
+            setattr(sys, name, os.fdopen(nowhere, mode, closefd=False))
+
+
+class Interrupter:
+    """A signal handler that raises KeyboardInterrupt, and remembers the signal.
+
+    Some libraries swallow what is raised while they are imported: whoever handles signals next looks at `number`.
+    """
+
+    number: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Note and raise."""
+        self.number = number
+        raise KeyboardInterrupt
+
+
+def may_interrupt(number: signal.Signals) -> bool:
+    """Whether a signal means the process: `nohup` has it ignore SIGHUP."""
+    return signal.getsignal(number) is not signal.SIG_IGN
+
+
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt in the block at INTERRUPTING: what is open is closed; the code is that of going on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = Interrupter()
+    before = {number: signal.signal(number, handler) for number in INTERRUPTING if may_interrupt(number)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def end_process(code: int) -> NoReturn:

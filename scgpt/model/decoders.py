@@ -51,9 +51,7 @@ class AffineExprDecoder(nn.Module):
         self.explicit_zero_prob, self.tanh_coeff, self.adaptive_bias = explicit_zero_prob, tanh_coeff, adaptive_bias
         self.coeff_decoder = ExprDecoder(d_model, explicit_zero_prob=explicit_zero_prob)
         self.bias_decoder = ExprDecoder(d_model, explicit_zero_prob=explicit_zero_prob)
-        if activation is not None and not hasattr(nn, activation):
-            raise ValueError(f"unknown activation '{activation}': name a class of torch.nn, for example 'Softplus'")
-        self.activation: nn.Module | None = getattr(nn, activation)() if activation is not None else None
+        self.activation = None if activation is None else _activation(activation)
 
     def forward(self, x: Tensor, values: Tensor, *, mean_nonzero: Tensor | None = None) -> dict[str, Tensor]:
         """(batch, seq, d_model) and values (batch, seq) -> values of shape (batch, seq).
@@ -70,6 +68,15 @@ class AffineExprDecoder(nn.Module):
         if self.explicit_zero_prob:
             output["zero_probs"] = coeff["zero_probs"]
         return output
+
+
+def _activation(name: str) -> nn.Module:
+    try:
+        made: nn.Module = getattr(nn, name)()
+    except (AttributeError, TypeError) as error:   # no such class, or one that asks for sizes
+        raise ValueError(f"unknown activation '{name}': name a class of torch.nn without sizes, for example "
+                         "'Softplus'") from error
+    return made
 
 
 def _mean_nonzero(values: Tensor) -> Tensor:

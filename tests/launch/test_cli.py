@@ -32,6 +32,16 @@ def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")  # noqa: PTH110
+def test_an_answer_that_cannot_be_written_is_one_sentence():
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run([sys.executable, "-m", "launch.cli", "config", "list"], stdout=full,
+                              stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: what was done cannot be told: No space left on device (stdout); ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_help_answers_in_under_a_second():
     seconds = []
     for _ in range(3):

@@ -104,6 +104,15 @@ def test_a_step_is_found_by_best_latest_and_number(tmp_path):
         find(tmp_path / "elsewhere", "best")
 
 
+@pytest.mark.parametrize("content", [b"", b"step-00000030\n", b"\xff\x00", b"..\n"])
+def test_a_damaged_pointer_is_told(tmp_path, content):
+    write(tmp_path / "checkpoints", 10)
+    (tmp_path / "checkpoints" / BEST).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"it names no checkpoint: .*best\); give one of the steps 10 by"):
+        find(tmp_path, "best")
+    assert find(tmp_path, "10").name == checkpoint_name(10)
+
+
 def test_a_newer_versions_checkpoint_is_neither_read_nor_passed_over(tmp_path):
     write(tmp_path, 10)
     folder = write(tmp_path, 20)

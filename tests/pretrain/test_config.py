@@ -1,7 +1,7 @@
 import pytest
 
 from pretrain import config as module
-from pretrain.config import BatchConfig, TrainConfig, config_of_run, differences, other_terms
+from pretrain.config import BatchConfig, TrainConfig, config_of_run, differences, other_settings, other_terms
 from scgpt.config import load_config, shipped_configs
 from scgpt.errors import ConfigError
 from scgpt.vocab import PUBLISHED, GeneVocab
@@ -45,6 +45,9 @@ def test_the_base_recipe_has_the_published_numbers():
     ("train.max_steps=null", "nothing ends this run"),
     ("optimizer.name=Muon", "Muon is not offered: DeepSpeed clips its update in ZeRO 1 to 3 only"),
     ("optimizer.name=sgd", "optimizer.name"),
+    ("data.valid_split=train", "what the run trains on"),
+    *((f"{key}=100000000000000000000", key) for key in ("batch.global_batch_size", "data.block_cells",
+                                                        "data.full_genes", "deepspeed.timeout_s", "train.max_steps")),
 ])
 def test_a_wrong_setting_is_named(setting, says):
     with pytest.raises(ConfigError) as caught:
@@ -97,6 +100,13 @@ def test_a_key_of_a_newer_version_is_refused_in_one_sentence():
     saved = with_key(config_of().model_dump(mode="json"), "train.moon_phase", 0.5)
     with pytest.raises(ConfigError, match=r"not take: unknown key 'train.moon_phase' \(run\); go on with the version"):
         config_of_run(saved, where="run")
+
+
+def test_what_a_run_goes_on_with_otherwise_is_told():
+    changed = config_of("train.max_steps=5", "deepspeed.overrides={gradient_clipping: 2}", "train.precision=bf16")
+    assert other_settings(config_of(), changed) == ["deepspeed.overrides {} -> None",
+                                                    "deepspeed.overrides.gradient_clipping None -> 2",
+                                                    "train.max_steps 1000 -> 5"]
 
 
 def test_micro_batches_that_decide_which_cells_are_drawn_may_not_change():

@@ -272,8 +272,13 @@ def test_overrides_reach_any_key_but_what_a_setting_decides(corpus):
     for overrides, says in (("train_batch_size: 9", "'train_batch_size'; set batch.global_batch_size instead"),
                             ("zero_optimization: {stage: 3}", "'zero_optimization.stage'; set deepspeed.zero_stage"),
                             ("bf16: {enabled: true}", "'bf16.enabled'; set train.precision instead"),
-                            ("optimizer: null, fp16: null", "'fp16.enabled'"),
-                            ("optimizer: {type: Muon}", "the optimizer Muon is not offered")):
+                            ("fp16: {enabled: true}", "'fp16.enabled'; set train.precision instead"),
+                            ("optimizer: {params: {lr: 1}}", "set optimizer.lr instead"),   # the schedule sets it
+                            ("scheduler: {type: WarmupLR}", "set schedule.kind instead"),
+                            ("optimizer: {type: Muon}", "the optimizer Muon is not offered"),
+                            ("gradient_clipping: high", "'gradient_clipping' = 'high': a number is wanted"),
+                            ("zero_optimization: {overlap_comm: 1}", "overlap_comm' = 1: true or false is wanted"),
+                            ("fp16: null", "'fp16' = None: a mapping is wanted")):
         with pytest.raises(ConfigError) as caught:
             deepspeed_json(config_of(corpus, f"deepspeed.overrides={{{overrides}}}"), world_size=1, precision="fp32",
                            on_cpu=True)

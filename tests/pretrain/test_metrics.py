@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.metrics import JsonLines, Window, read_rows
+from pretrain.metrics import JsonLines, Window, last_row, read_rows
 from pretrain.objectives import Objective
 from pretrain.world import join_world
 from scgpt.errors import CheckpointError
@@ -137,3 +137,10 @@ def test_a_row_tells_the_spread_of_its_steps_and_their_parts(world):
     assert (row["forward_s"], row["to_device_s"]) == (1.0, pytest.approx(0.1))
     assert (row["slowest_rank"], row["slowest_rank_ratio"]) == (0, 1.0)
     assert row["memory_bytes"] > 10_000_000
+
+
+def test_the_last_row_is_there_where_an_earlier_one_is_damaged(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert last_row(path) is None
+    path.write_bytes(b"\xff{\n{\"step\": 2}\n{\"step\": 3")
+    assert last_row(path) == {"step": 2}

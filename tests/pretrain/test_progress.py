@@ -25,6 +25,10 @@ def test_a_line_of_the_log_says_step_loss_speed_and_time_left():
     assert describe(PROBE, 10) == "step 5/10  probe: 15-NN accuracy of cell_type 0.750 (PCA: 0.500)"
 
 
+def test_a_run_that_something_else_ends_has_no_time_left():
+    assert describe(TRAIN, 10**18).endswith("tokens/s  for ever left")
+
+
 def show(shown: Bar | Lines) -> None:
     shown.say("training 10 steps [on 1 rank]")
     for row in (TRAIN, VALID, TRAIN | {"step": 10}):

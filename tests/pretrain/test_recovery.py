@@ -10,6 +10,7 @@ import torch
 from pretrain.recovery import Interruption, hold_rank, rollback_targets
 from pretrain.world import World, join_world
 from scgpt.errors import CheckpointError
+from scgpt.process import INTERRUPTING, signals_interrupt
 
 _HOLDER = """
 import fcntl, sys
@@ -81,7 +82,7 @@ def test_a_run_in_use_is_refused_and_its_process_named(world, tmp_path):
         pass
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", INTERRUPTING)
 def test_a_signal_asks_to_stop_and_the_handlers_come_back(number):
     before = signal.getsignal(number)
     with Interruption(None) as interruption:
@@ -89,6 +90,24 @@ def test_a_signal_asks_to_stop_and_the_handlers_come_back(number):
         os.kill(os.getpid(), number)
         assert interruption.reason == f"signal {number.name}"
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_was_swallowed_before_asks_to_stop():
+    with signals_interrupt():
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with Interruption(None) as interruption:
+            assert interruption.reason == "signal SIGTERM"
+
+
+def test_a_hang_up_that_is_ignored_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)   # as nohup does
+    try:
+        with Interruption(None) as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.reason is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_ctrl_c_twice_ends_at_once():

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -82,3 +83,10 @@ def test_as_a_script_it_finds_the_package_beside_it_from_any_directory(tmp_path)
                           env={"PATH": os.environ["PATH"], "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["zero_optimization"]["stage"] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_before_the_run_has_begun_is_an_interruption(capsys, monkeypatch, number):
+    monkeypatch.setattr("pretrain.train._run", lambda args: os.kill(os.getpid(), number))
+    assert main(["demo", "--out", "run"]) == 75
+    assert capsys.readouterr().err == "interrupted: the same command continues\n"

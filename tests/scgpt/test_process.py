@@ -1,6 +1,13 @@
-"""A program ends with its code, whatever its threads are at."""
+"""A program begins with streams that are its own, and ends with its code, whatever its threads are at."""
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from scgpt.process import INTERRUPTING, Interrupter, signals_interrupt
 
 PROGRAM = """
 import atexit, threading
@@ -32,3 +39,46 @@ def test_a_closed_output_does_not_keep_a_process_from_its_code() -> None:
         assert process.stdout is not None
         process.stdout.close()
         assert process.wait() == 75
+
+
+STREAMS = """
+import os, sys
+from scgpt.process import open_streams
+open_streams()
+stream = open(sys.argv[1], "w")
+print("an answer")
+print("a warning", file=sys.stderr)
+os.write(2, b"a library's own")
+stream.write("rows")
+"""
+
+
+def test_nothing_else_takes_the_place_of_streams_that_are_closed(tmp_path: Path) -> None:
+    program, rows = tmp_path / "program.py", tmp_path / "rows"
+    program.write_text(STREAMS)
+    for closed in ("2>&-", "0<&- 2>&-", "0<&- >&- 2>&-"):
+        ended = subprocess.run(["bash", "-c", f'exec "$0" "$@" {closed}', sys.executable, str(program), str(rows)],
+                               capture_output=True, check=False)
+        assert ended.returncode == 0
+        assert rows.read_text() == "rows"
+
+
+@pytest.mark.parametrize("number", INTERRUPTING)
+def test_signals_raise_and_what_was_raised_is_remembered(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with signals_interrupt():
+        handler = signal.getsignal(number)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        assert isinstance(handler, Interrupter)
+        assert handler.number == number
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals_interrupt():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -106,6 +106,8 @@ def test_refusals_say_why():
         build()(packed.gene_ids[None], None, None, None)
     with pytest.raises(ValueError, match="activation"):
         build(decoder_activation="Nothing")
+    with pytest.raises(ValueError, match="without sizes"):
+        build(decoder_activation="Linear")
     with pytest.raises(ValueError, match="cell_emb_style"):
         build(cell_emb_style="max")
 

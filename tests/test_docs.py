@@ -56,6 +56,13 @@ def test_commands_of_the_pages_parse_and_name_what_ships(line: str):
         assert args.config in shipped_configs(kind)
 
 
+def test_the_page_of_metrics_names_every_event_of_a_run_and_no_other():
+    source = "".join(path.read_text() for path in (ROOT / "pretrain").glob("*.py"))
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    told = page[page.index("## Events"):page.index("## Where a step's time goes")]
+    assert {*re.findall(r"\.event\(\s*\"(\w+)\"", source)} == {*re.findall(r"`(\w+)`", told)} - {"key", "terms"}
+
+
 def test_every_target_of_the_makefile_is_told_and_every_told_one_is_there():
     text = (ROOT / "Makefile").read_text()
     declared = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()) - {"help"}

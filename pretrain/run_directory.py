@@ -71,12 +71,15 @@ def open_run(config: TrainConfig, path: Path, corpus: Corpus, world: World) -> I
             state = world.of_first(lambda: _restore(path, corpus, log))
             if state.step == 0:
                 _begin(state, config, corpus, world)
-            for key in passed_over:
+            before: TrainConfig | None = None
+            gone: list[str] = []
+            if state.config:   # what counts: config.yaml is there to be read, and may have been edited
+                folder = path / CHECKPOINTS / checkpoint.checkpoint_name(state.step)
+                before, gone = config_of_run(state.config, where=str(folder))
+                _refuse_other(before, config, where=folder)
+            for key in dict.fromkeys([*passed_over, *gone]):
                 log.event("setting_passed_over", f"the run was started by a version that had the setting {key}; it had "
                                                  "the value that this version computes with", key=key)
-            before = config_of_run(state.config, where=str(path / CHECKPOINTS))[0] if state.config else None
-            if before is not None:   # config.yaml is there to be read, and may have been edited
-                _refuse_other(before, config, where=path / CHECKPOINTS / checkpoint.checkpoint_name(state.step))
             state.config = config.model_dump(mode="json")
             yield OpenRun(path, state, log, total, before)
         except BaseException as error:
@@ -104,7 +107,12 @@ def _check_same(config: TrainConfig, path: Path) -> list[str]:
     saved = path / CONFIG
     if not saved.is_file():
         return []
-    before, passed_over = config_of_run(read_values(saved), where=str(saved))
+    try:
+        before, passed_over = config_of_run(read_values(saved), where=str(saved))
+    except ConfigError:
+        if checkpoint.steps_of(path / CHECKPOINTS):   # they hold it too; what is damaged here is written anew
+            return []
+        raise
     _refuse_other(before, config, where=saved)
     return passed_over
 
@@ -128,13 +136,11 @@ def _restore(path: Path, corpus: Corpus, log: RunLog) -> RunState:
                               fix="bring one back from a copy, or remove them to begin the run anew")
     for left_over in checkpoints.glob(f"{TEMPORARY_PREFIX}*"):
         remove(left_over)
-    if state is None:
-        write_bytes(path / VOCAB, corpus.vocab.to_bytes())
-        return RunState()
-    if state.corpus["sha256"] != corpus.facts()["sha256"]:
+    if state is not None and state.corpus["sha256"] != corpus.facts()["sha256"]:
         raise ConfigError("the corpus is not the one that the run was started with", where=corpus.where,
                           fix="give data.corpus=DIR of that corpus, or another --out to start a new run")
-    return state
+    write_bytes(path / VOCAB, corpus.vocab.to_bytes())   # at each start: a damaged one would be found at the export
+    return RunState() if state is None else state
 
 
 def _begin(state: RunState, config: TrainConfig, corpus: Corpus, world: World) -> None:

@@ -4,6 +4,7 @@ A tracker may fail: that is told once, and the run goes on.
 """
 import logging
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,11 @@ class Tracker:
 
     def __init__(self, run: Path, config: TrainConfig, failed: Callable[[str], None]) -> None:
         self._failed = failed
-        self._run = self._start(run, config)
+        self._run = None
+        try:
+            self._run = self._start(run, config)
+        except OSError as error:
+            failed(f"wandb cannot start ({_first_line(error)}): the run is not tracked; metrics.jsonl holds all")
 
     def log(self, row: Mapping[str, Any]) -> None:
         """A row of metrics.jsonl: train rows under their own names, others under SPLIT/."""
@@ -93,11 +98,13 @@ def _first_line(error: Exception) -> str:
 
 
 def run_id(folder: Path) -> str:
-    """The id under which every start of this run is tracked: made once, kept in the folder."""
+    """The id under which every start of this run is tracked: made once, and anew where the file is damaged."""
     path = folder / RUN_ID
-    if not path.is_file():
-        write_bytes(path, f"{secrets.token_hex(4)}\n".encode())
-    return path.read_text(encoding="utf-8").strip()
+    found = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    if not re.fullmatch(r"[0-9A-Za-z_-]+", found):
+        found = secrets.token_hex(4)
+        write_bytes(path, f"{found}\n".encode())
+    return found
 
 
 @contextmanager

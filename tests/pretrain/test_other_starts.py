@@ -42,11 +42,25 @@ def test_what_the_checkpoint_was_written_with_counts_whatever_config_yaml_says(c
     saved = copied / "config.yaml"
     text = saved.read_text()
     assert "lr: 0.003" in text
-    for spoil in (lambda: saved.write_text(text.replace("lr: 0.003", "lr: 0.5")), saved.unlink):
+    for spoil in (lambda: saved.write_text(text.replace("lr: 0.003", "lr: 0.5")),
+                  lambda: saved.write_text(text[:len(text) // 2]), saved.unlink):
         spoil()
         with pytest.raises(ConfigError, match=r"another configuration \(optimizer.lr: 0.003 -> 0.5\)"):
             runs.train_here(corpus, copied, *SETTINGS, "train.max_steps=6", "optimizer.lr=0.5")
+    saved.write_bytes(b"\xff")
     assert runs.train_here(corpus, copied, *SETTINGS, "train.max_steps=5") == 0
+    assert saved.read_text() == text.replace("max_steps: 4", "max_steps: 5")
+
+
+@pytest.mark.parametrize(("name", "content"), [("vocab.json", b"{"), ("wandb/run-id.txt", b"\xff\x00"), ("wandb", b"")])
+def test_damaged_files_beside_the_checkpoints_are_written_anew_or_told(corpus, copied, capsys, name, content):
+    before = (copied / "vocab.json").read_bytes()
+    (copied / name).parent.mkdir(exist_ok=True)
+    (copied / name).write_bytes(content)
+    assert runs.train_here(corpus, copied, *SETTINGS, "train.max_steps=5", "tracking.wandb=offline") == 0
+    assert (copied / "vocab.json").read_bytes() == before
+    told = "wandb cannot start" in capsys.readouterr().err
+    assert told == (name == "wandb")
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_by_itself(corpus, copied):

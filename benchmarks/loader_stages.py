@@ -29,7 +29,7 @@ from scgpt.collate.binning import (
     sort_keys,
 )
 from scgpt.collate.masking import hide
-from scgpt.collate.sampling import sample, take
+from scgpt.collate.sampling import BLOCK, sample, take
 from scgpt.data import RaggedBatch, TokenDataset
 from scgpt.data.schema import CELL_ID
 from scgpt.rng import PURPOSE_BIN_TIES, PURPOSE_MASK, PURPOSE_SAMPLE, stream
@@ -38,10 +38,10 @@ COPY_BYTES = 256 << 20
 
 
 @njit(nogil=True)
-def _sample(cell_ids, lengths, wanted, chosen, counts, spare):
+def _sample(cell_ids, lengths, wanted, chosen, counts, limits):
     for cell in range(len(cell_ids)):
         counts[cell] = sample(stream(np.uint64(0), 0, cell_ids[cell], PURPOSE_SAMPLE), chosen[cell], lengths[cell],
-                              wanted, spare)
+                              wanted, limits)
 
 
 @njit(nogil=True)
@@ -85,10 +85,11 @@ def maths(config: CollateConfig, cells: RaggedBatch) -> dict[str, Callable[[], o
                            config.context_length - 1)
     chosen, counts = np.empty((n_cells, wanted + 1), np.int32), np.empty(n_cells, np.int64)
     tokens = np.concatenate([[0], np.cumsum(config.n_tokens(cells.lengths))])
+    limits = np.empty(BLOCK, np.uint64)
     gene_ids, bins, values, target_mask = (np.zeros(tokens[-1], kind) for kind in (np.int32, np.float32, np.float32,
                                                                                      np.bool_))
     return {   # in this order: each works on what those before it have left
-        "sample": lambda: _sample(ids, cells.lengths, wanted, chosen, counts, scratch.spare),
+        "sample": lambda: _sample(ids, cells.lengths, wanted, chosen, counts, limits),
         "edges of the bins": lambda: _edges(keys, cells.offsets, ordered, at, scratch),
         "bins": lambda: _bins(cells.expressions, keys, cells.offsets, ids, chosen, counts, scratch, bins, tokens),
         "mask": lambda: _mask(ids, bins, values, target_mask, tokens),

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from scgpt.errors import DataError
 from scgpt.rng import PURPOSE_BIN_TIES, stream, uniform
 
-TABLE = 256   # integers below this are sorted by counting and binned by look-up
+TABLE = 128   # integers below this, a power of two, are sorted by counting and binned by look-up
+COUNTERS = 8  # of each of them
 FEW = 32      # keys that are sorted by insertion
 DIGIT_BITS = 11
 _LAST_DIGIT = (1 << DIGIT_BITS) - 1
@@ -30,16 +31,18 @@ class Scratch(NamedTuple):
 
     sorted_keys: NDArray[np.uint32]  # (longest cell,)
     spare: NDArray[np.uint32]        # (longest cell,)
-    ends: NDArray[np.int32]          # (4, TABLE + 1) counters of the values; then how many are up to each
+    ends: NDArray[np.int32]          # (COUNTERS, TABLE) counters of the values; ends[0] then how many are up to each
     starts: NDArray[np.int32]        # (digits,) of the radix sort
+    around: NDArray[np.float64]      # (2, n_bins - 1) values on either side of each edge
     edges: NDArray[np.float64]       # (n_bins - 1,)
-    table: NDArray[np.uint32]        # (TABLE,) of each value its highest bin; in the upper 16 bits, edges that equal it
+    table: NDArray[np.uint32]        # (TABLE + 1,) of each value its highest bin, and the edges that equal it << 16
 
 
 def scratch_for(longest: int, n_bins: int) -> Scratch:
     """Room for cells of up to `longest` values."""
-    return Scratch(np.empty(longest, np.uint32), np.empty(longest, np.uint32), np.empty((4, TABLE + 1), np.int32),
-                   np.empty(_LAST_DIGIT + 1, np.int32), np.empty(n_bins - 1), np.empty(TABLE, np.uint32))
+    return Scratch(np.empty(longest, np.uint32), np.empty(longest, np.uint32),
+                   np.empty((COUNTERS, TABLE), np.int32), np.empty(_LAST_DIGIT + 1, np.int32),
+                   np.empty((2, n_bins - 1)), np.empty(n_bins - 1), np.empty(TABLE + 1, np.uint32))
 
 
 @functools.cache
@@ -141,29 +144,47 @@ def _sort_by_radix(keys: NDArray[np.unsignedinteger], ordered: NDArray[np.uint32
 def count(keys: NDArray[np.unsignedinteger], ends: NDArray[np.int32], larger: NDArray[np.uint32]) -> int:
     """ends[0, x] = keys <= x, for each x below TABLE; the other keys go to the beginning of `larger`.
 
-    Four counters for each value, taken in turn: most counts are 1, and one counter would wait for itself.
+    Counters of each value are taken in turn: most counts are 1, and one counter would wait for itself.
 
     Args:
         keys: (values,) uint16 or uint32.
-        ends: (4, TABLE + 1), overwritten.
+        ends: (COUNTERS, TABLE), overwritten.
         larger: (>= values,), overwritten.
 
     Returns how many keys are below TABLE.
     """
-    for counter in range(4):
-        for value in range(TABLE + 1):
-            ends[counter, value] = 0
-    n_larger = np.uint64(0)
-    for i in range(len(keys)):
-        key = np.uint32(keys[i])
-        larger[n_larger] = key   # stays, or is overwritten by the next
-        n_larger += np.uint64(key >= np.uint32(TABLE))
-        ends[i & 3, min(key, np.uint32(TABLE))] += 1
-    end = 0
-    for value in range(TABLE):
-        end += ends[0, value] + ends[1, value] + ends[2, value] + ends[3, value]
-        ends[0, value] = end
-    return end
+    ends[:] = 0
+    n_values, n_larger = len(keys), 0
+    whole = n_values - n_values % COUNTERS
+    for first in range(0, whole, COUNTERS):
+        united = np.uint64(0)
+        for counter in range(COUNTERS):
+            united |= np.uint64(keys[first + counter])
+        if united < np.uint64(TABLE):
+            for counter in range(COUNTERS):
+                ends[counter, np.uint64(keys[first + counter])] += 1
+        else:
+            n_larger = _count_one_by_one(keys, first, first + COUNTERS, ends, larger, n_larger)
+    n_larger = _count_one_by_one(keys, whole, n_values, ends, larger, n_larger)
+    for counter in range(1, COUNTERS):
+        for value in range(TABLE):
+            ends[0, value] += ends[counter, value]
+    for value in range(1, TABLE):
+        ends[0, value] += ends[0, value - 1]
+    return n_values - n_larger
+
+
+@njit(cache=True, nogil=True)
+def _count_one_by_one(keys: NDArray[np.unsignedinteger], first: int, stop: int, ends: NDArray[np.int32],
+                      larger: NDArray[np.uint32], n_larger: int) -> int:
+    """Count keys[first:stop], of which some are TABLE or more; returns how many larger ones there are by then."""
+    for i in range(first, stop):
+        if keys[i] < TABLE:
+            ends[0, np.uint64(keys[i])] += 1
+        else:
+            larger[n_larger] = keys[i]
+            n_larger += 1
+    return n_larger
 
 
 @njit(cache=True, nogil=True)
@@ -183,15 +204,14 @@ def fill_edges(keys: NDArray[np.unsignedinteger], integers: bool, ordered: NDArr
     (`numpy.quantile`, method "linear"), so that the edges are equal to the bit. At least one value.
     """
     n_values, n_counted, value = len(keys), 0, 0
-    ends, sorted_keys = scratch.ends, scratch.sorted_keys
+    ends, sorted_keys, lows, highs = scratch.ends, scratch.sorted_keys, scratch.around[0], scratch.around[1]
     if integers:
         n_counted = count(keys, ends, sorted_keys)
         sort(sorted_keys[:n_values - n_counted], sorted_keys, scratch.spare, scratch.starts)
     else:
         sort(keys, sorted_keys, scratch.spare, scratch.starts)
     for e in range(len(at)):
-        place = (n_values - 1) * at[e]
-        left = int(np.floor(place))
+        left = int((n_values - 1) * at[e])
         right = min(left + 1, n_values - 1)
         if left < n_counted:
             value = _value_at(left, value, ends)
@@ -202,28 +222,34 @@ def fill_edges(keys: NDArray[np.unsignedinteger], integers: bool, ordered: NDArr
             high = np.float64(ordered[right - n_counted])
         elif right > left:
             high = np.float64(_value_at(right, value, ends))
-        part = place - left
-        scratch.edges[e] = low + (high - low) * part if part < 0.5 else high - (high - low) * (1 - part)
+        lows[e], highs[e] = low, high
+    for e in range(len(at)):   # on its own: compiles to vector operations
+        place = (n_values - 1) * at[e]
+        part, step = place - np.floor(place), highs[e] - lows[e]
+        upwards, downwards = lows[e] + step * part, highs[e] - step * (1 - part)
+        scratch.edges[e] = upwards if part < 0.5 else downwards
 
 
 @njit(cache=True, nogil=True)
 def fill_table(integers: bool, scratch: Scratch) -> int:  # noqa: FBT001 compiled
-    """For each integer x up to the largest, below TABLE: its number of edges <= x, and of those that equal it.
+    """For each integer x below TABLE: its number of edges <= x, and of those that equal it.
 
     Returns the end of what was filled: values from there on are compared with the edges; 0 where values are floats.
     """
     if not integers:
         return 0
-    edges, n_edges = scratch.edges, len(scratch.edges)
-    end = min(TABLE, int(edges[n_edges - 1]) + 1)
-    upto, below = 0, 0
-    for value in range(end):
-        while upto < n_edges and edges[upto] <= value:
-            upto += 1
-        while below < n_edges and edges[below] < value:
-            below += 1
-        scratch.table[value] = upto | (upto - below) << 16
-    return end
+    table = scratch.table   # first what each integer adds to the one before it
+    table[:] = 0
+    for edge in scratch.edges:
+        below = int(edge)
+        first = below + int(edge > below)   # the first integer that is not below the edge; it equals it, or none does
+        table[np.uint64(min(first, TABLE))] += np.uint32(1 + (1 << 16))
+        table[np.uint64(min(below + 1, TABLE))] -= np.uint32(1 << 16)
+    total = np.uint32(0)
+    for value in range(TABLE):
+        total = np.uint32(total + table[value])
+        table[value] = total
+    return TABLE
 
 
 @njit(cache=True, nogil=True)

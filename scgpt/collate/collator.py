@@ -28,7 +28,7 @@ from scgpt.collate.binning import (
 )
 from scgpt.collate.masking import draw_ratio, hide, split
 from scgpt.collate.packing import PackedBatch
-from scgpt.collate.sampling import sample, take
+from scgpt.collate.sampling import BLOCK, sample, take
 from scgpt.collate.unexpressed import add_unexpressed
 from scgpt.data.schema import CELL_ID, RaggedBatch
 from scgpt.errors import ConfigError, DataError
@@ -175,6 +175,7 @@ def _compiled(sources: str) -> Callable[..., None]:
         """
         _ = sources
         chosen, moved = np.empty(recipe.n_wanted + 1, np.int32), np.empty(recipe.n_wanted + 1, np.int32)
+        limits = np.empty(BLOCK, np.uint64)
         for cell in range(len(cell_ids)):
             epoch, cell_id = epochs[cell], cell_ids[cell]
             begin, end, first, stop = offsets[cell], offsets[cell + 1], cu_seqlens[cell], cu_seqlens[cell + 1]
@@ -182,12 +183,12 @@ def _compiled(sources: str) -> Callable[..., None]:
             gene_ids[first], targets[first], values[first] = recipe.cls_id, recipe.cls_value, recipe.cls_value
             target_mask[first] = False
             n_chosen = sample(stream(recipe.seed, epoch, cell_id, PURPOSE_SAMPLE), chosen, end - begin, recipe.n_wanted,
-                              scratch.spare)
+                              limits)
             ratio = draw_ratio(recipe.seed, epoch, cell_id, recipe.mask_ratios)
             n_seen = n_chosen
             if recipe.split:
                 n_seen = split(stream(recipe.seed, epoch, cell_id, PURPOSE_SPLIT), ratio, chosen, n_chosen, moved,
-                               scratch.spare)
+                               limits)
                 perception_lengths[cell] = 1 + n_seen
             take(genes[begin:end], chosen, gene_ids[first + 1:stop])
             if recipe.style == _BINNED and expressed[cell] > 0:

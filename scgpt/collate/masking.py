@@ -34,7 +34,7 @@ def hide(key: np.uint64, ratio: float, mask_value: float, targets: NDArray[np.fl
 
 @njit(cache=True, nogil=True)
 def split(key: np.uint64, ratio: float, chosen: NDArray[np.int32], n_chosen: int, scratch: NDArray[np.int32],
-          drawn: NDArray[np.uint32]) -> int:
+          limits: NDArray[np.uint64]) -> int:
     """Put int(n_chosen x ratio) genes of a cell, a uniform sample without replacement, behind the others.
 
     Both parts keep their order. (Upstream permutes the genes and takes the first ones; order has no meaning.)
@@ -45,11 +45,11 @@ def split(key: np.uint64, ratio: float, chosen: NDArray[np.int32], n_chosen: int
         chosen: (>= n_chosen,) what is put in order.
         n_chosen: genes of the cell.
         scratch: (>= n_chosen + 1,), overwritten.
-        drawn: (>= n_chosen,), overwritten.
+        limits: (BLOCK,), overwritten.
 
     Returns the genes of the perception part.
     """
-    n_generated = sample(key, scratch, n_chosen, int(n_chosen * ratio), drawn)
+    n_generated = sample(key, scratch, n_chosen, int(n_chosen * ratio), limits)
     n_seen = found = 0
     for t in range(n_chosen):
         value = chosen[t]

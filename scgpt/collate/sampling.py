@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from scgpt.rng import bits
 
+BLOCK = 32   # values that are drawn for at once
 _S32 = np.uint64(32)
 
 
 @njit(cache=True, nogil=True)
-def sample(key: np.uint64, chosen: NDArray[np.int32], n_values: int, n_wanted: int, drawn: NDArray[np.uint32]) -> int:
+def sample(key: np.uint64, chosen: NDArray[np.int32], n_values: int, n_wanted: int, limits: NDArray[np.uint64]) -> int:
     """Write min(n_values, n_wanted) ascending positions in [0, n_values) to `chosen`; returns how many.
 
     Args:
@@ -23,20 +24,22 @@ def sample(key: np.uint64, chosen: NDArray[np.int32], n_values: int, n_wanted: i
         chosen: (>= min(n_values, n_wanted) + 1,), the place after the last is scratch.
         n_values: of the cell.
         n_wanted: at most so many.
-        drawn: (>= n_values,) scratch.
+        limits: (BLOCK,) scratch.
     """
     if n_values <= n_wanted:
         for i in range(n_values):
             chosen[i] = i
         return n_values
-    for i in range(n_values):   # on their own: compiles to vector operations
-        # The upper 32 bits times the values still to come, over 2**32: a whole number below that, biased by < 2**-32.
-        drawn[i] = ((bits(key, i) >> _S32) * uint64(n_values - i)) >> _S32
-    wanted = uint64(n_wanted)
-    left = wanted
-    for i in range(n_values):   # unsigned: a comparison and a subtraction with borrow a value
-        chosen[wanted - left] = i
-        left -= uint64(uint64(drawn[i]) < left)
+    wanted, found = uint64(n_wanted), uint64(0)
+    for first in range(0, n_values, BLOCK):
+        for place in range(BLOCK):   # compiles to vector operations, which run beside the other loop; the last in vain
+            # The upper 32 bits times the values still to come, over 2**32: a whole number below, biased by < 2**-32.
+            i = first + place
+            drawn = ((bits(key, i) >> _S32) * uint64(n_values - i)) >> _S32
+            limits[place] = wanted - min(drawn, wanted)   # value i stays if fewer than so many were found before it
+        for place in range(min(BLOCK, n_values - first)):   # unsigned: a comparison and an addition with carry a value
+            chosen[found] = first + place
+            found += uint64(found < limits[place])
     return n_wanted
 
 

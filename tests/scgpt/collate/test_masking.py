@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from scgpt.collate.masking import draw_ratio, hide, split
+from scgpt.collate.sampling import BLOCK
 from scgpt.rng import PURPOSE_MASK, PURPOSE_SPLIT, uniform
 from tests.scgpt.collate.cells import key_of
 
@@ -41,7 +42,7 @@ def test_each_cell_draws_one_of_the_listed_ratios_evenly():
 def split_of(cell, n_genes, ratio, chosen=None):
     chosen = np.arange(n_genes, dtype=np.int32) if chosen is None else chosen.copy()
     n_seen = split(key_of(0, 0, cell, PURPOSE_SPLIT), ratio, chosen, n_genes, np.empty(n_genes + 1, np.int32),
-                   np.empty(n_genes, np.uint32))
+                   np.empty(BLOCK, np.uint64))
     return chosen[:n_seen].tolist(), chosen[n_seen:n_genes].tolist()
 
 

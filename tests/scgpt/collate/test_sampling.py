@@ -3,14 +3,14 @@ import itertools
 import numpy as np
 import pytest
 
-from scgpt.collate.sampling import sample
+from scgpt.collate.sampling import BLOCK, sample
 from scgpt.rng import PURPOSE_SAMPLE, bits
 from tests.scgpt.collate.cells import key_of
 
 
 def chosen_of(key, n_values, n_wanted):
     chosen = np.empty(n_wanted + 1, np.int32)
-    return chosen[:sample(key, chosen, n_values, n_wanted, np.empty(n_values, np.uint32))]
+    return chosen[:sample(key, chosen, n_values, n_wanted, np.empty(BLOCK, np.uint64))]
 
 
 def slow_sample(key, n_values, n_wanted):

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-_TOLD_FETCHES = 64   # after one that found pages missing; then one goes without, to see whether they still are
+_TOLD_CELLS = 2_048   # after a fetch that found pages missing; then one goes without, to see whether they still are
 _CELLS_A_PAGE = 8    # as few missing pages as one in so many cells are not worth asking for all
 
 
@@ -31,7 +31,7 @@ class ReadAhead:
     """Tells the kernel of the cells of each fetch while fetches find pages missing; the first ones always."""
 
     def __init__(self) -> None:
-        self._left = _TOLD_FETCHES   # threads share it: a lost count costs nothing
+        self._left = _TOLD_CELLS   # threads share it: a lost count costs nothing
 
     def begin(self, columns: list[tuple[NDArray[np.uint64], int]], offsets: NDArray[np.uint64],
               batches: NDArray[np.int64], rows: NDArray[np.int64]) -> int:
@@ -43,7 +43,7 @@ class ReadAhead:
         if self._left > 0:
             from scgpt.data import gather
 
-            self._left -= 1
+            self._left -= len(rows)
             for addresses, width in columns:
                 gather.will_need(addresses, offsets, batches, rows, width)
         return _missing_pages()
@@ -51,7 +51,7 @@ class ReadAhead:
     def end(self, before: int, n_cells: int) -> None:
         """Note whether the cells, read by now, had many pages that were missing and not asked for; a few cost less."""
         if _missing_pages() - before > n_cells // _CELLS_A_PAGE:
-            self._left = _TOLD_FETCHES
+            self._left = _TOLD_CELLS
 
 
 def _missing_pages() -> int:

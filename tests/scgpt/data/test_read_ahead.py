@@ -28,24 +28,25 @@ def told(monkeypatch):
 
 def test_the_kernel_is_told_of_cells_while_pages_are_missing(dataset, told, monkeypatch):
     monkeypatch.setattr(read_ahead, "_missing_pages", lambda: 0)
-    cells = np.array([3, 1, 2])
-    for _ in range(read_ahead._TOLD_FETCHES + 3):   # nothing is missing: the first ones only
+    cells, told_fetches = np.array([3, 1, 2]), -(-read_ahead._TOLD_CELLS // 3)
+    for _ in range(told_fetches + 3):   # nothing is missing: the first ones only
         dataset.fetch(cells)
-    assert len(told) == 2 * read_ahead._TOLD_FETCHES
+    assert len(told) == 2 * told_fetches
     faults = iter(range(1_000))
     monkeypatch.setattr(read_ahead, "_missing_pages", lambda: next(faults))
     dataset.fetch(cells)   # finds some missing
-    assert len(told) == 2 * read_ahead._TOLD_FETCHES
+    assert len(told) == 2 * told_fetches
     dataset.fetch(cells)
-    assert told[2 * read_ahead._TOLD_FETCHES:] == [cells.tolist()] * 2
+    assert told[2 * told_fetches:] == [cells.tolist()] * 2
 
 
 def test_a_page_missing_now_and_then_is_not_worth_telling(dataset, told, monkeypatch):
     faults = iter(range(1_000))
     monkeypatch.setattr(read_ahead, "_missing_pages", lambda: next(faults))   # one a fetch
-    for _ in range(read_ahead._TOLD_FETCHES + 3):
+    told_fetches = -(-read_ahead._TOLD_CELLS // 20)
+    for _ in range(told_fetches + 3):
         dataset.fetch(np.arange(20))
-    assert len(told) == 2 * read_ahead._TOLD_FETCHES
+    assert len(told) == 2 * told_fetches
 
 
 def test_cells_that_memory_does_not_hold_are_the_same_cells(dataset, told):

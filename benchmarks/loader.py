@@ -59,10 +59,12 @@ class Entry:
         return [over[what](run) for run in self.runs]
 
 
-def child(command: Sequence[str], cores: int, group: Path | None = None) -> dict[str, Any]:
+def child(command: Sequence[str], cores: int, group: Path | None = None,
+          limit_s: float | None = None) -> dict[str, Any]:
     """What a program prints last, as JSON; it is bound to `cores` cores, and to the cgroup `group`.
 
-    Raises RuntimeError with its last words when it fails.
+    Raises RuntimeError with its last words when it fails, and when it has not ended after `limit_s` seconds: it and the
+    processes that it started are then ended.
     """
     allowed = sorted(os.sched_getaffinity(0))[:cores]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **dict.fromkeys(THREADS, str(cores))}
@@ -72,10 +74,19 @@ def child(command: Sequence[str], cores: int, group: Path | None = None) -> dict
         if group is not None:
             cold.join(group)
 
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, preexec_fn=bind)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}: " + "\n".join(done.stderr.splitlines()[-12:]))
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+                               preexec_fn=bind, start_new_session=True)
+    try:
+        output, errors = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"not done within {limit_s:g} s") from error
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: " + "\n".join(errors.splitlines()[-12:]))
+    told: dict[str, Any] = json.loads(output.splitlines()[-1])
     return told
 
 
@@ -112,16 +123,30 @@ def peer_entries(folder: Path, n_cells: int, pythons: Sequence[str],
 
 
 def measure(entries: Sequence[Entry], seconds: float, rounds: int, group: Path | None = None,
-            before: Path | None = None) -> None:
-    """Let the sides take turns; `before` each run the pages of that corpus are dropped."""
+            before: Path | None = None, limit_s: float | None = None) -> dict[str, str]:
+    """Let the sides take turns; `before` each run the pages of that corpus are dropped.
+
+    Returns why a peer is missing: it is of another project, and no reason to lose the other figures.
+    """
+    missing: dict[str, str] = {}
     for number in range(rounds):
         for entry in entries:
+            if entry.side in missing:
+                continue
             if before is not None:
                 cold.drop_pages(before)
-            entry.runs.append(child([*entry.command, str(seconds)], entry.cores, group))
+            try:
+                entry.runs.append(child([*entry.command, str(seconds)], entry.cores, group,
+                                        limit_s if entry.side in PEERS else None))
+            except RuntimeError as error:
+                if entry.side not in PEERS:
+                    raise
+                missing[entry.side] = f"it fails: {str(error).splitlines()[-1]}"
+                continue
             print(f"round {number + 1} {entry.part:6} {entry.cores} {entry.context or '':6} {entry.side:20} "
                   f"{entry.of_runs('per_s')[-1]:12,.0f} cells/s {entry.of_runs('per_cpu_s')[-1]:12,.0f} a CPU s",
                   file=sys.stderr)
+    return missing
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -144,13 +169,16 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         entries += ours
         for entry in theirs:   # its form is written here, outside of what is timed
             try:
-                child([*entry.command, "0.001"], os.cpu_count() or 1)
+                child([*entry.command, "0.001"], os.cpu_count() or 1, limit_s=args.peer_limit_s)
                 entries.append(entry)
-            except RuntimeError as error:   # of another project: told, and no reason to lose the other figures
+            except RuntimeError as error:
                 told["missing"][entry.side] = f"it fails: {str(error).splitlines()[-1]}"
     if args.check:
-        told["seen"] = {f"{entry.part} {entry.side}": child([*entry.command, "0"], entry.cores) for entry in entries}
-    measure(entries, args.seconds, args.rounds)
+        told["seen"] = {f"{entry.part} {entry.side}": child(
+            [*entry.command, "0"], entry.cores, limit_s=args.peer_limit_s if entry.side in PEERS else None)
+            for entry in entries}
+    told["missing"] |= measure(entries, args.seconds, args.rounds, limit_s=args.peer_limit_s)
+    entries = [entry for entry in entries if entry.side not in told["missing"]]
     if "cold" in args.parts:
         limit = cold.limit_bytes(corpus)
         with cold.memory_limit(limit) as group:
@@ -247,6 +275,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5, help="a run (default 5)")
     parser.add_argument("--stage-steps", type=int, default=32, help="steps of 512 cells that stages are told of")
     parser.add_argument("--peers-python", nargs="+", default=[], metavar="PYTHON", help="interpreters that hold peers")
+    parser.add_argument("--peer-limit-s", type=float, default=900, help="seconds that a peer may take to write "
+                        "its form, and for a run, before it is told as missing (default 900)")
     parser.add_argument("--folder", type=Path, default=ROOT / "out" / "bench-loader", help="for what is written")
     parser.add_argument("--check", action="store_true", help="tell what an epoch of each side holds; needs full steps")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")

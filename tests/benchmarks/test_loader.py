@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import loader_cold, loader_peers, loader_sides
+from benchmarks import loader, loader_cold, loader_peers, loader_sides
 from benchmarks.loader_corpus import arrays_of, corpus_of, h5ad_of, real_cells
 from benchmarks.loader_public import PublicCollator
 from benchmarks.loader_stages import STAGES
@@ -70,6 +70,22 @@ def test_no_cgroup_is_left_whatever_happens():
         raise KeyError
     assert not group.exists()
     assert child.wait(timeout=10) != 0
+
+
+def test_a_peer_that_does_not_end_is_told_as_missing_with_all_that_it_started(tmp_path):
+    code = (f"import pathlib, subprocess, sys, time; sleeper = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+            f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(subprocess.Popen(sleeper).pid)); time.sleep(60)")
+    entries = [loader.Entry("peers", "slafdb", "", 1, None, [sys.executable, "-c", code])]
+    assert loader.measure(entries, 1, 2, limit_s=3) == {"slafdb": "it fails: not done within 3 s"}
+    assert entries[0].runs == []
+    state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_side_of_ours_that_fails_ends_the_benchmark():
+    with pytest.raises(RuntimeError, match="no such side"):
+        loader.measure([loader.Entry("warm", "loader", "", 1, None, [sys.executable, "-c", "exit('no such side')"])],
+                       1, 1)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@
 A record is written after the files it names. It counts when it carries the hash of the plan and its files are whole: a
 CRC tells what a disk did to a file, at a tenth of the cost of the sha256 that the manifest gives to what stays.
 """
+import errno
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -117,7 +118,7 @@ def claim(out: Path, plan: Plan, *, fresh: bool) -> Iterator[BuildDir]:
             if existed and not (out / LOCK).exists():
                 _check_content(build, plan, fresh=fresh)   # before a lock is left in a directory that is not ours
             out.mkdir(parents=True, exist_ok=True)
-            held.enter_context(files.lock(out / LOCK, holder="another build", fix="wait for it, or give another --out"))
+            _lock(out, held, fresh=fresh)
             _check_content(build, plan, fresh=fresh)
             if fresh:
                 _clear(build)
@@ -132,6 +133,15 @@ def claim(out: Path, plan: Plan, *, fresh: bool) -> Iterator[BuildDir]:
                 files.remove(build.path)
                 if not existed and {path.name for path in out.iterdir()} <= {LOCK}:
                     files.remove(out)
+            raise
+
+
+def _lock(out: Path, held: ExitStack, *, fresh: bool) -> None:
+    """Keep other builds out; a complete corpus that cannot be written needs no lock, for nothing is done to it."""
+    try:
+        held.enter_context(files.lock(out / LOCK, holder="another build", fix="wait for it, or give another --out"))
+    except OSError as error:
+        if fresh or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or not (out / MANIFEST).exists():
             raise
 
 

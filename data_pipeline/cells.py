@@ -53,6 +53,10 @@ class ObsReader:
                     raise missing_column(name, present, what=f"the filter '{wish.text}'", where=str(source.path))
         return reader
 
+    def __str__(self) -> str:
+        """The filters, as they were written."""
+        return " and ".join(f"({wish.text})" if len(self.filters) > 1 else wish.text for wish in self.filters)
+
     def announce(self, source: Source) -> None:
         """Tell a source which rows the filters keep, before its values are read."""
         if self.filters:

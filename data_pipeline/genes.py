@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.sources.base import AUTO, INDEX, Source
+from scgpt.counted import counted
 from scgpt.errors import SourceError
 from scgpt.vocab import SPECIAL_TOKENS, GeneVocab
 
@@ -176,7 +177,7 @@ def _other_name(symbol: str, known: dict[str, int], tables: GeneTables) -> str |
 
 def _refusal(source: Source, vocab: GeneVocab, best: GeneMap, gene_column: str, least: float) -> SourceError:
     names = source.gene_names(best.column)
-    found = f"{best.n_mapped} of {len(names)} genes ({best.overlap:.1%}) are in the vocabulary"
+    found = f"{best.n_mapped} of {counted(len(names), 'gene')} ({best.overlap:.1%}) are in the vocabulary"
     where = f"{source.path}, gene names from '{best.column}'"
     example = f"such as {names[0][:_SHOWN]}" if names else "no genes"
     columns = source.gene_columns() if gene_column == AUTO else [best.column]

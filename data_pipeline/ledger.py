@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.cells import KEPT, REASONS, SPLITS
 from data_pipeline.tokenization import SUM_IN, SUM_UNMAPPED, VALUES_IN
+from scgpt.counted import counted
 from scgpt.data.schema import RaggedBatch
 from scgpt.errors import DataError
 
@@ -106,7 +107,7 @@ def check(ledger: Ledger, *, where: str, exact: bool = True) -> None:
     """
     cells_out = sum(ledger.cells_written.values()) + sum(ledger.filtered.values())
     if cells_out != ledger.cells_in:
-        raise DataError(f"{ledger.cells_in} cells came in, {cells_out} are accounted for", where=where,
+        raise DataError(f"{counted(ledger.cells_in, 'cell')} came in, accounted for: {cells_out:,}", where=where,
                         fix="please report this: a cell was lost or doubled")
     same(ledger.sum_in, ledger.sum_written + ledger.sum_filtered + ledger.sum_unmapped, what="counts", where=where,
          exact=exact)

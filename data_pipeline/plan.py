@@ -50,6 +50,7 @@ class SourcePlan:
     edges_sha256: str         # of the ends of its files, see Fingerprint
     layer: str                # what `auto` chose
     n_cells: int
+    n_passing: int            # cells that pass the filters on obs
     n_values: int             # stored values; an estimate for CSC, an upper bound for dense
     bytes_per_value: int
     chunk_bytes: int          # of its storage chunks, each read as a whole
@@ -122,8 +123,9 @@ class Plan:
 def make_plan(config: CorpusConfig) -> Plan:
     """Open every source, choose matrices and gene columns, cut blocks and shards; writes nothing.
 
-    Raises SourceError for an atlas that cannot be used (missing, not AnnData, another species, no counts), ConfigError
-    for settings that do not fit the sources. With `on_error: skip` an atlas that cannot be used is told in the plan.
+    Raises SourceError for an atlas that cannot be used (missing, not AnnData, another species, no counts) and where the
+    filters leave no cell, ConfigError for settings that do not fit the sources. With `on_error: skip` an atlas that
+    cannot be used is told in the plan.
     """
     vocab = config.load_vocab()
     sources, blocks, quarantined = list[SourcePlan](), list[Block](), list[Quarantined]()
@@ -134,8 +136,7 @@ def make_plan(config: CorpusConfig) -> Plan:
             check_structure(location)
             with open_source(location, name=source_config.name, kind=source_config.kind, layer=source_config.layer,
                              gene_table=source_config.gene_table) as source:
-                planned = _plan_source(source, known, source_config, config, vocab)
-                mine = _split_totals(source, planned, config)
+                planned, mine = _plan_source(source, known, source_config, config, vocab)
                 rows = list(row_blocks(source))
             check_unchanged(planned)
         except SourceError as error:
@@ -153,6 +154,9 @@ def make_plan(config: CorpusConfig) -> Plan:
         found = [f"{source.name} is left out: {source.reason}" for source in quarantined]
         raise SourceError("; ".join(["the sources hold no cells", *found]), where=", ".join(
             [source.name for source in sources]) or None, fix="give atlases with cells in them")
+    if not any(source.n_passing for source in sources):
+        raise SourceError("no cell passes the filters", where="; ".join(
+            f"{source.name}: {source.obs}" for source in sources), fix="loosen the filters, or mend their words")
     splits = {name: _planned_split(int(cells), math.ceil(values), config, len(vocab))
               for name, (cells, values) in zip(SPLITS, totals.tolist(), strict=True)}
     return Plan(config, vocab, tuple(sources), tuple(blocks), splits, tuple(quarantined),
@@ -220,7 +224,8 @@ def _matched(pattern: Location, location: Location) -> str | None:
 
 
 def _plan_source(source: Source, known: Fingerprint, source_config: SourceConfig, config: CorpusConfig,
-                 vocab: GeneVocab) -> SourcePlan:
+                 vocab: GeneVocab) -> tuple[SourcePlan, NDArray[np.float64]]:
+    """What is planned of a source, and what `_split_totals` says of it."""
     genes = map_source(source, vocab, gene_column=source_config.gene_column,
                        min_gene_overlap=config.genes.min_gene_overlap)
     values = source.probe()
@@ -228,20 +233,21 @@ def _plan_source(source: Source, known: Fingerprint, source_config: SourceConfig
         raise refused_values(source, values, f"it holds {describe_values(values)}", counts=True)
     obs = ObsReader.of(source, source_config, config.columns, config.cells)
     obs.announce(source)
+    totals = _split_totals(source, obs, config)
     return SourcePlan(source.path, source.name, source.kind, source_config, known.bytes, known.state,
-                      known.edges_sha256, source.layer, source.n_cells,
-                      source.n_values(), source.bytes_per_value(),
-                      source.chunk_bytes, source.by_columns, genes, obs, tuple(source.remarks()))
+                      known.edges_sha256, source.layer, source.n_cells, int(totals[:, 0].sum()), source.n_values(),
+                      source.bytes_per_value(), source.chunk_bytes, source.by_columns, genes, obs,
+                      tuple(source.remarks())), totals
 
 
-def _split_totals(source: Source, planned: SourcePlan, config: CorpusConfig) -> NDArray[np.float64]:
+def _split_totals(source: Source, obs: ObsReader, config: CorpusConfig) -> NDArray[np.float64]:
     """Cells and stored values of a source in each split, (splits, 2), after the filters on obs."""
     totals = np.zeros((len(SPLITS), 2))
     share = source.stored_share()
     for first in range(0, source.n_cells, _SCAN_CELLS):
         last = min(first + _SCAN_CELLS, source.n_cells)
-        splits = planned.obs.splits(source, config.splits, first, last)
-        passes = planned.obs.passes(source, first, last)
+        splits = obs.splits(source, config.splits, first, last)
+        passes = obs.passes(source, first, last)
         values = np.diff(source.value_offsets(first, last)) * min(1.0, _DENSE_MARGIN * share if share < 1 else 1.0)
         for place in range(len(SPLITS)):
             chosen = passes & (splits == place)

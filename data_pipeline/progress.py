@@ -1,12 +1,14 @@
 """How far a build is: a bar on a terminal, a line now and then elsewhere; to stderr, stdout is for the result."""
-import sys
 import time
 from types import TracebackType
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+
+from scgpt.counted import counted
+from scgpt.stderr import LastingStderr
 
 _LINE_EVERY_S = 10.0
 
@@ -15,10 +17,10 @@ class Progress:
     """Stages one after the other, each with a number of units to do; use it in a `with`."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream if stream is not None else sys.stderr
+        self._stream = stream if stream is not None else cast(TextIO, LastingStderr())
         self._bar = Bar(TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(),
                         TextColumn("{task.fields[unit]}  {task.fields[speed]}"), TimeRemainingColumn(),
-                        console=Console(file=self._stream)) if self._stream.isatty() else None
+                        console=Console(file=self._stream), redirect_stderr=False) if self._stream.isatty() else None
         self._task = TaskID(0)
         self._stage, self._unit = "", ""
         self._total = self._done = self._found = 0
@@ -41,7 +43,8 @@ class Progress:
         if self._bar is not None:
             self._task = self._bar.add_task(stage, total=total, completed=found, unit=unit, speed="")
         else:
-            self._line(f"{total:,} {unit}" + (f", {found:,} of them done before" if found else ""))
+            before = f", {found:,} of them done before" if found else ""
+            self._line(counted(total, unit.removesuffix("s"), unit) + before)
 
     def advance(self, units: int) -> None:
         """Some units more are done."""

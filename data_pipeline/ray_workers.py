@@ -19,6 +19,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.ray_folder import ray_folder
 from data_pipeline.tasks import Layout
 from data_pipeline.workers import Job, disk_errors, find_or_do
+from scgpt.counted import counted
 from scgpt.errors import ConfigError, DataError, ScgptError
 
 _OBJECT_STORE_BYTES = 80 << 20   # records are small; the least that Ray takes is 75 MiB
@@ -42,7 +43,7 @@ class RayWorkers:
         self._in_flight = _IN_FLIGHT * self._n_cpus
 
     def __str__(self) -> str:
-        return f"Ray, {self._n_cpus} CPUs"
+        return f"Ray, {counted(self._n_cpus, 'CPU')}"
 
     def share(self, value: object) -> Any:
         """See Workers."""

@@ -3,6 +3,7 @@
 Read from the manifest, the metadata files and the shards, in pieces of bounded memory. Everything is exact but the
 counts of a cell, which need every value: above SAMPLE_CELLS cells they are those of every k-th cell, and say so.
 """
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,7 +43,8 @@ def write_report(corpus: Path | str, out: Path | None = None) -> tuple[Path, Rep
         out: the page; None: `report.html` in the folder, which no checksum covers.
 
     Returns the page's path and the numbers. Raises DataError when the folder is no corpus, ConfigError when `out` is
-    not called *.html, when the place of its numbers is taken by another file, or without `out` for a URL.
+    not called *.html, when its folder cannot be written, when the place of its numbers is taken by another file, or
+    without `out` for a URL.
     """
     folder = CorpusFiles(corpus).folder
     if out is None and folder is None:
@@ -52,6 +54,9 @@ def write_report(corpus: Path | str, out: Path | None = None) -> tuple[Path, Rep
     if out.suffix != ".html":
         raise ConfigError("a page must be called *.html: its numbers go beside it as .json", where=str(out),
                           fix=f"give --out {out.with_suffix('.html')}")
+    if not os.access(out.parent, os.W_OK):
+        raise ConfigError("the page cannot be written there", where=str(out.parent),
+                          fix="say where it shall lie: --out FILE.html in a folder that can be written")
     if not _is_ours(out.with_suffix(".json")):
         raise ConfigError("the numbers of the page go to a file that is there and is none of a report",
                           where=str(out.with_suffix(".json")), fix="give another --out")

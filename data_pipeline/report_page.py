@@ -12,6 +12,7 @@ import yaml
 
 from data_pipeline.charts import bar, histogram
 from data_pipeline.markup import Html, join, tag
+from scgpt.counted import counted
 
 Report = dict[str, Any]        # plain values, as report.json holds them
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -119,7 +120,7 @@ def _came_in(report: Report) -> Html:
             tag("div", tag("span", source["name"], class_="name"),
                 tag("span", _number(report, *at, "cells_kept"), " of ", _number(report, *at, "cells_in"), " cells, ",
                     _number(report, *at, "kept_share", form="share")), class_="head"),
-            bar(parts, source["cells_in"], f"{source['cells_kept']:,} of {source['cells_in']:,} cells kept"),
+            bar(parts, source["cells_in"], f"{source['cells_kept']:,} of {counted(source['cells_in'], 'cell')} kept"),
             tag("div", f"{source['file']}, ", _number(report, *at, "bytes", form="size"),
                 kept if source["cells_kept"] else "", left_out, class_="detail")))
     return _section("What came in, and what was kept",
@@ -219,7 +220,7 @@ def _known(report: Report) -> Html:
         lines = [line(entry["value"], (*at, "top", place, "cells"), entry["cells"])
                  for place, entry in enumerate(column["top"])]
         if column["other_values"]:
-            lines.append(line(f"{column['other_values']:,} others", (*at, "other_cells"), column["other_cells"],
+            lines.append(line(counted(column["other_values"], "other"), (*at, "other_cells"), column["other_cells"],
                               "rest"))
         if column["missing"]:
             lines.append(line("not given", (*at, "missing"), column["missing"], "rest"))
@@ -252,7 +253,7 @@ def _files(report: Report) -> Html:
     rows = [[tag("code", entry["file"]), _number(report, "files", place, "bytes"), tag("code", entry["sha256"])]
             for place, entry in enumerate(report["files"])]
     table = _table(["file", "bytes", "sha256"], rows, text=(0, 2))
-    folded = table if len(rows) <= _FILES_SHOWN else tag("details", tag("summary", f"{len(rows):,} files"), table)
+    folded = table if len(rows) <= _FILES_SHOWN else tag("details", tag("summary", counted(len(rows), "file")), table)
     inputs = _table(["source", "bytes", "sha256 or ETag"], [
         [entry["file"], _number(report, "sources", place, "bytes"), tag("code", entry["sha256"] or entry["etag"])]
         for place, entry in enumerate(report["sources"])], text=(0, 2))

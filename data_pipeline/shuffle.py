@@ -18,6 +18,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from scgpt import rng
+from scgpt.counted import counted
 from scgpt.data.content import CONTENT_HASH, content_hashes
 from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, SOURCE, SOURCE_ROW, RaggedBatch, expression_dtype, offsets_of
 from scgpt.errors import DataError
@@ -117,7 +118,7 @@ def merge_runs(runs: Sequence[tuple[Path, int, str]], expression_type: np.dtype[
         stays = ~np.isin(ids, left_out)
         order, ids = order[stays], ids[stays]
         if len(ids) + len(left_out) != len(stays):
-            raise DataError(f"{len(left_out)} cells are to be left out, {(~stays).sum()} are there",
+            raise DataError(f"{counted(len(left_out), 'cell')} to be left out, of which are there: {(~stays).sum()}",
                             where=str(runs[0][0]), fix="build with --fresh")
     sources = pa.DictionaryArray.from_arrays(
         np.repeat(np.arange(len(runs), dtype=np.int32), [batch.num_rows for batch in batches]),

@@ -25,6 +25,7 @@ from data_pipeline.sources.base import (
     value_kind,
 )
 from data_pipeline.sources.kinds import open_source
+from scgpt.counted import counted
 from scgpt.data.schema import CELL_ID, SOURCE_ROW, RaggedBatch, cell_ids, gene_dtype, offsets_of
 from scgpt.errors import SourceError
 
@@ -56,7 +57,7 @@ def tokenize_block(source: Source, gene_map: GeneMap, first: int, last: int, *, 
     places, tokens = _places(gene_map, genes.dtype)
     for rows, start, n_values in _read(source, first, last):
         if rows.shape[1] != len(places):   # a gene table beside the source: no check of the source itself sees it
-            raise SourceError(f"it has {rows.shape[1]} genes, {len(places)} when the corpus was planned",
+            raise SourceError(f"it has {counted(rows.shape[1], 'gene')}, {len(places)} when the corpus was planned",
                               where=str(source.path), fix="start the build again once nothing writes to it")
         if not end:
             genes, expressions = np.empty(n_values, genes.dtype), np.empty(n_values, expressions.dtype)

@@ -16,6 +16,7 @@ from data_pipeline.sources.base import AUTO
 from data_pipeline.sources.hdf5_structure import check_structure
 from data_pipeline.sources.location import Location
 from scgpt.config import load_config, validate
+from scgpt.counted import counted
 from scgpt.errors import ConfigError, SourceError
 from scgpt.vocab import SPECIAL_TOKENS, GeneVocab
 
@@ -78,8 +79,8 @@ def build_vocab(sources: Sequence[SourceConfig], *, species: str = AUTO, min_sou
     times = Counter(token for genes in found for token in genes.tokens)
     kept = sorted(token for token, count in times.items() if count >= min_sources)
     if not kept:
-        raise ConfigError(f"no gene is named by {min_sources} of the {len(found)} sources", where="--min-sources",
-                          fix="lower it, or give more atlases")
+        raise ConfigError(f"no gene is named by {min_sources} of the {counted(len(found), 'source')}",
+                          where="--min-sources", fix="lower it, or give more atlases")
     vocab = GeneVocab(kept, SPECIAL_TOKENS, special_first=False, default_token=None)
     return BuiltVocab(vocab, species, tuple(found), len(times) - len(kept))
 

@@ -15,6 +15,7 @@ from data_pipeline.build_dir import Record
 from data_pipeline.progress import Progress
 from data_pipeline.quarantine import tried
 from data_pipeline.tasks import Layout
+from scgpt.counted import counted
 from scgpt.errors import DataError
 
 
@@ -48,7 +49,7 @@ class Threads:
         self._out, self._n_threads = out, len(os.sched_getaffinity(0))
 
     def __str__(self) -> str:
-        return f"{self._n_threads} threads of this process"
+        return f"{counted(self._n_threads, 'thread')} of this process"
 
     def share(self, value: object) -> object:
         """See Workers."""

@@ -7,7 +7,6 @@ import argparse
 import json
 import logging
 import os
-import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,9 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launch.summaries import corpus_summary, describe_corpus, describe_plan, plan_summary
-from pretrain.progress import say
-from scgpt.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, explain
-from scgpt.process import end_process, open_streams, signals_interrupt
+from scgpt.counted import counted
+from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, ScgptError, explain
+from scgpt.process import open_streams, print_answer, run_program, signals_interrupt
+from scgpt.stderr import LastingStderr, say
 from scgpt.words import count, path, seed, size
 
 CONFIG_KINDS = ("corpus", "model", "pretrain")
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     _take_overrides(parser, args, rest)
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")   # warnings: fsspec tells of each block that it reads
+    logging.basicConfig(stream=LastingStderr(), format="%(message)s")   # warnings: fsspec tells of each block it reads
     logging.getLogger("scgpt").setLevel(logging.INFO)
     try:
         with signals_interrupt():
@@ -61,13 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"error: {error}")
         return error.exit_code
     try:
-        print(json.dumps(answer.value, allow_nan=False) if args.json else answer.text, flush=True)  # noqa: T201 the answer
-    except BrokenPipeError:   # whoever reads has seen enough; nothing is left to flush at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:   # a full disk, a terminal that was closed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        say(f"error: what was done cannot be told: {error.strerror} (stdout); give it a file on a disk with room")
-        return answer.exit_code or EXIT_FAILED
+        print_answer(json.dumps(answer.value, allow_nan=False) if args.json else answer.text)
+    except ScgptError as unwritten:
+        say(f"error: {unwritten}")
+        return answer.exit_code or unwritten.exit_code
     return int(answer.exit_code)
 
 
@@ -148,8 +145,9 @@ def report(args: argparse.Namespace) -> Answer:
 
     page, value = write_report(args.corpus, args.out)
     totals = value["totals"]
-    return Answer(f"{page}: {totals['cells_kept']:,} of {totals['cells_in']:,} cells kept from {totals['sources']:,} "
-                  "sources", {"report": str(page), "numbers": str(page.with_suffix(".json")), **totals})
+    return Answer(f"{page}: {totals['cells_kept']:,} of {counted(totals['cells_in'], 'cell')} kept from "
+                  f"{counted(totals['sources'], 'source')}", {
+                      "report": str(page), "numbers": str(page.with_suffix(".json")), **totals})
 
 
 def data_convert(args: argparse.Namespace) -> Answer:
@@ -216,7 +214,7 @@ def embed(args: argparse.Namespace) -> Answer:
     from launch.embed import embed_file
 
     result = embed_file(args.release, args.source, args.out, seed=args.seed, device=args.device)
-    return Answer(f"{result.out}: {result.n_cells:,} cells in obsm['X_scGPT'], {result.d_model} numbers each; "
+    return Answer(f"{result.out}: {counted(result.n_cells, 'cell')} in obsm['X_scGPT'], {result.d_model} numbers each; "
                   f"{result.n_genes_mapped:,} of {result.n_genes:,} genes are in the vocabulary", result.to_json())
 
 
@@ -391,7 +389,7 @@ def _out(parser: argparse.ArgumentParser, purpose: str, *, required: bool = True
 
 def program() -> NoReturn:
     """`scgpt`, as it is installed."""
-    end_process(main())
+    run_program(main)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What `scgpt data inspect` says, in words."""
 from typing import Any
 
+from scgpt.counted import counted
+
 Facts = dict[str, Any]
 _SHOWN = 60   # letters of a name or a value
 
@@ -20,13 +22,14 @@ def _corpus(facts: Facts) -> list[str]:
     lines = [(f"a corpus of {facts['created_by']}: {facts['expression_kind']}, vocabulary {vocab['name']} of "
               f"{vocab['tokens']:,} tokens")]
     for name, split in facts["splits"].items():
-        groups = "" if split["groups"] is None else f", {split['groups']:,} groups"
-        lines.append(f"{name}: {split['cells']:,} cells, {split['tokens']:,} gene values, {split['parts']:,} parts "
-                     f"({split['form']}, {split['bytes'] / 1e6:,.1f} MB{groups})")
+        groups = "" if split["groups"] is None else f", {counted(split['groups'], 'group')}"
+        lines.append(f"{name}: {counted(split['cells'], 'cell')}, {counted(split['tokens'], 'gene value')}, "
+                     f"{counted(split['parts'], 'part')} ({split['form']}, {split['bytes'] / 1e6:,.1f} MB{groups})")
     for source in facts["sources"]:
         filtered = "".join(f", {cells:,} {reason}" for reason, cells in source["filtered"].items())
         lines.append(f"source {source['name']} ({source['file']}): {source['cells_written']:,} of "
-                     f"{source['cells_in']:,} cells{filtered}; {source['genes_mapped']:,} of {source['genes']:,} genes")
+                     f"{counted(source['cells_in'], 'cell')}{filtered}; {source['genes_mapped']:,} of "
+                     f"{counted(source['genes'], 'gene')}")
     lines += [f"left out: {source['name']}: {source['reason']}" for source in facts["quarantined"]]
     if facts["duplicates"] is not None:
         lines.append(describe_duplicates(facts["duplicates"]))
@@ -38,9 +41,10 @@ def describe_duplicates(found: Facts) -> str:
     if not found["equal"]:
         return "no two cells are equal"
     if found["removed"]:
-        return f"{found['equal']:,} cells that equal an earlier one are left out"
-    return (f"{found['equal']:,} cells equal an earlier one, {found['across_splits']:,} cells of valid one of train: "
-            "cells.remove_duplicates leaves them out")
+        return counted(found["equal"], "cell that equals an earlier one is left out",
+                       "cells that equal an earlier one are left out")
+    return (f"{counted(found['equal'], 'cell equals', 'cells equal')} an earlier one, "
+            f"{counted(found['across_splits'], 'cell')} of valid one of train: cells.remove_duplicates leaves them out")
 
 
 def _values(column: Facts) -> str:
@@ -50,13 +54,14 @@ def _values(column: Facts) -> str:
         return "more values than could be counted"
     if not column["values"]:
         return "no value"
+    without = f"; {counted(column['missing'], 'cell')} without" if column["missing"] else ""
     if "range" in column:
         low, high = column["range"]
-        return f"{low:.6g} to {high:.6g}" + (f"; {column['missing']:,} cells without" if column["missing"] else "")
+        return f"{low:.6g} to {high:.6g}{without}"
     commonest = ", ".join(f"{_short(value)} {cells:,}" for value, cells in column["commonest"].items())
     more = f" and {column['values'] - len(column['commonest']):,} more" if column["values"] > len(
         column["commonest"]) else ""
-    return f"{commonest}{more}" + (f"; {column['missing']:,} cells without" if column["missing"] else "")
+    return f"{commonest}{more}{without}"
 
 
 def _short(text: str) -> str:
@@ -66,12 +71,14 @@ def _short(text: str) -> str:
 
 
 def _source(facts: Facts) -> list[str]:
-    lines = [(f"{facts['name']}: {facts['kind']}, {facts['cells']:,} cells, {facts['genes']:,} genes, "
+    lines = [(f"{facts['name']}: {facts['kind']}, {counted(facts['cells'], 'cell')}, "
+              f"{counted(facts['genes'], 'gene')}, "
               f"{facts['bytes'] / 1e6:,.1f} MB")]
     for layer, matrix in facts["matrices"].items():
         used = " (would be used)" if layer == facts["layer"] else ""
         told = (f"cannot be read: {matrix['unreadable']}" if "unreadable" in matrix else
-                f"{matrix['looks_like']}; {matrix['values']:,} stored values of {matrix['genes']:,} genes")
+                f"{matrix['looks_like']}; {counted(matrix['values'], 'stored value')} of "
+                f"{counted(matrix['genes'], 'gene')}")
         lines.append(f"matrix {layer}{used}: {told}")
     for column, genes in facts["gene_columns"].items():
         examples = ", ".join(map(_short, genes["examples"]))
@@ -81,7 +88,7 @@ def _source(facts: Facts) -> list[str]:
         kind = f" ({values['type']})" if "type" in values else ""
         lines.append(f"obs {_short(column)}{kind}: {_values(values)}")
     if facts["obs_cells"] < facts["cells"]:
-        lines.append(f"(obs of the first {facts['obs_cells']:,} cells)")
+        lines.append(f"(obs of the first {counted(facts['obs_cells'], 'cell')})")
     lines += facts["remarks"]
     return [*lines, "a build would take it" if facts["refused"] is None else
             f"a build would refuse it: {facts['refused']}"]
@@ -94,7 +101,7 @@ def _group_seen(facts: Facts) -> list[str]:
     if not facts["seen"]:
         return [f"no: no cell has '{asked}' in {', '.join(facts['columns'])}"]
     return [f"yes: '{asked}' is a {column}: " + ", ".join(
-        f"{split} {cells:,} cells" if cells is not None else split for split, cells in splits.items())
+        f"{split} {counted(cells, 'cell')}" if cells is not None else split for split, cells in splits.items())
             for column, splits in facts["cells"].items()]
 
 

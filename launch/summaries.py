@@ -3,6 +3,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from launch.inspection import describe_duplicates
+from scgpt.counted import counted
 
 if TYPE_CHECKING:
     from data_pipeline.estimate import Estimate
@@ -26,7 +27,8 @@ def plan_summary(plan: "Plan", time: "Estimate | None") -> dict[str, Any]:
         "splits": {name: {"cells": split.cells, "values": split.values, "shards": split.n_shards,
                           "bytes": split.n_bytes}
                    for name, split in plan.splits.items()},
-        "sources": [{"name": source.name, "file": str(source.path), "cells": source.n_cells, "values": source.n_values,
+        "sources": [{"name": source.name, "file": str(source.path), "cells": source.n_cells,
+                     "cells_passing": source.n_passing, "values": source.n_values,
                      "layer": source.layer, "genes": len(source.genes.tokens), "genes_mapped": source.genes.n_mapped,
                      "gene_column": source.genes.column, "gene_style": source.genes.style,
                      "filter": source.config.filter, "columns": dict(source.obs.own_name),
@@ -38,25 +40,31 @@ def plan_summary(plan: "Plan", time: "Estimate | None") -> dict[str, Any]:
 def describe_plan(plan: "Plan", time: "Estimate | None") -> str:
     """A line a source, then what would be written, and how long it would take."""
     width = max(len(source.name) for source in plan.sources)
-    lines = [f"{source.name:{width}}  {source.n_cells:>11,} cells  {source.n_values:>15,} values of {source.layer}  "
-             f"{source.genes.n_mapped:,} of {len(source.genes.tokens):,} genes in the vocabulary "
+    lines = [f"{source.name:{width}}  {counted(source.n_cells, 'cell'):>17}  "
+             f"{counted(source.n_values, 'value'):>22} of {source.layer}  "
+             f"{source.genes.n_mapped:,} of {counted(len(source.genes.tokens), 'gene')} in the vocabulary "
              f"({source.genes.style} in {source.genes.column})" + "".join(f"; {remark}" for remark in source.remarks)
              for source in plan.sources]
     lines += [f"{source.name} would be left out: {source.reason}" for source in plan.quarantined]
     lines += [f"of {source.name} the cells with {source.config.filter}" for source in plan.sources
               if source.config.filter is not None]
+    lines += [f"of {source.name} no cell would be kept: none has {source.obs}" for source in plan.sources
+              if not source.n_passing]
     lines.append("of all: " + ", ".join(f"{name} {value}" for name, value in _limits(plan).items()))
-    splits = ", ".join(f"{name} at most {split.cells:,} cells with {split.values:,} values in {split.n_shards} shards, "
-                       f"{_size(split.n_bytes)}" for name, split in plan.splits.items())
-    total = f"{plan.n_cells:,} cells and {plan.n_values:,} values in {len(plan.blocks)} blocks of rows"
+    splits = ", ".join(f"{name} at most {counted(split.cells, 'cell')} with {counted(split.values, 'value')} in "
+                       f"{counted(split.n_shards, 'shard')}, {_size(split.n_bytes)}"
+                       for name, split in plan.splits.items())
+    total = (f"{counted(plan.n_cells, 'cell')} and {counted(plan.n_values, 'value')} in "
+             f"{counted(len(plan.blocks), 'block')} of rows")
     return "\n".join([*lines, f"{total}; {plan.worker_bytes / 1e9:.1f} GB a worker", splits, _describe_time(time)])
 
 
 def _describe_time(time: "Estimate | None") -> str:
     if time is None:
         return "time: not estimated, no source lets a few rows be read on their own"
-    return (f"time: about {_duration(time.wall_s)} on the {time.cores} cores of this machine, {_duration(time.core_s)} "
-            f"of one; judged by the first {time.cells:,} cells of {time.source}, without starting Ray")
+    return (f"time: about {_duration(time.wall_s)} on the {counted(time.cores, 'core')} of this machine, "
+            f"{_duration(time.core_s)} of one; judged by the first {counted(time.cells, 'cell')} of {time.source}, "
+            "without starting Ray")
 
 
 def _limits(plan: "Plan") -> dict[str, Any]:
@@ -94,10 +102,10 @@ def corpus_summary(manifest: "Manifest") -> dict[str, Any]:
 
 def describe_corpus(summary: dict[str, Any]) -> str:
     """The answer of `corpus_summary` as one sentence."""
-    splits = ", ".join(f"{name} {split['cells']:,} cells with {split['tokens']:,} gene values"
+    splits = ", ".join(f"{name} {counted(split['cells'], 'cell')} with {counted(split['tokens'], 'gene value')}"
                        for name, split in summary["splits"].items())
-    return (f"{summary['cells_kept']:,} of {summary['cells_in']:,} cells kept, filtered: {describe_filtered(summary)}; "
-            f"{splits}" + _remarks(summary))
+    return (f"{summary['cells_kept']:,} of {counted(summary['cells_in'], 'cell')} kept, filtered: "
+            f"{describe_filtered(summary)}; {splits}" + _remarks(summary))
 
 
 def _remarks(summary: dict[str, Any]) -> str:
@@ -118,7 +126,7 @@ def describe_peek(found: "Peek") -> str:
     width = max(len(cell.source) for cell in found.cells)
     lines = [f"{cell.cell_id:>20}  {cell.source:{width}}  row {cell.row:>10,}  {cell.tokens:>5,} tokens  "
              f"{cell.masked:>5,} masked  {cell.sha256[:16]}" for cell in found.cells]
-    return "\n".join([*lines, f"step {found.step}: {len(found.cells):,} cells, sha256 {found.digest}"])
+    return "\n".join([*lines, f"step {found.step}: {counted(len(found.cells), 'cell')}, sha256 {found.digest}"])
 
 
 def vocab_summary(built: "BuiltVocab") -> dict[str, Any]:
@@ -132,6 +140,7 @@ def vocab_summary(built: "BuiltVocab") -> dict[str, Any]:
 def describe_vocab(summary: dict[str, Any]) -> str:
     """The answer of `vocab_summary` as one sentence."""
     renamed = sum(source["renamed"] for source in summary["sources"])
-    return (f"{summary['tokens']:,} tokens, special tokens included, from {len(summary['sources']):,} sources "
-            f"({summary['species']}); {renamed:,} names became symbols, {summary['genes_left_out']:,} genes of too few "
-            "sources left out")
+    return (f"{summary['tokens']:,} tokens, special tokens included, from "
+            f"{counted(len(summary['sources']), 'source')} ({summary['species']}); "
+            f"{counted(renamed, 'name became a symbol', 'names became symbols')}, "
+            f"{counted(summary['genes_left_out'], 'gene')} of too few sources left out")

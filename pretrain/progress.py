@@ -1,52 +1,14 @@
 """What a run shows while it goes on: a bar on a terminal, plain lines elsewhere. stderr, rank 0 only.
 
-A run outlives whoever reads it: where stderr leads nowhere any more (`2>&1 | head`, a terminal that was closed, a full
-disk), what is shown is dropped from then on. The JSON lines of the run directory have it all.
+A run outlives whoever reads it (scgpt/stderr.py). The JSON lines of the run directory have it all.
 """
-import io
-import os
-import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import IO, Any, cast
 
+from scgpt.stderr import LastingStderr, say
+
 _FOR_EVER_S = 1e9   # 30 years: such a number of steps means that something else ends the run
-
-
-class LastingStderr(io.TextIOBase):
-    """stderr, which becomes /dev/null when it can no longer be written to."""
-
-    def write(self, text: str) -> int:
-        """Write and flush; the characters taken."""
-        try:
-            sys.stderr.write(text)
-            sys.stderr.flush()
-        except OSError:
-            _lead_nowhere()
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing is kept back."""
-
-    def isatty(self) -> bool:
-        """Whether a terminal shows it."""
-        return sys.stderr.isatty()
-
-    def fileno(self) -> int:
-        """stderr's own."""
-        return sys.stderr.fileno()
-
-
-def _lead_nowhere() -> None:
-    """For the whole process: other libraries write there too, and Python flushes what it still holds at its end."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stderr.fileno())
-    os.close(nowhere)
-
-
-def say(line: str) -> None:
-    """One line to stderr."""
-    LastingStderr().write(f"{line}\n")
 
 
 def describe(row: Mapping[str, Any], total_steps: int) -> str:
@@ -116,4 +78,4 @@ class Bar:
 
 def progress(total_steps: int) -> Bar | Lines:
     """What fits where stderr goes."""
-    return Bar(total_steps) if sys.stderr.isatty() else Lines(total_steps)
+    return Bar(total_steps) if LastingStderr().isatty() else Lines(total_steps)

@@ -15,12 +15,12 @@ from pretrain.config import TrainConfig, config_of_run, differences
 from pretrain.corpus import Corpus
 from pretrain.metrics import RunLog
 from pretrain.precision import resolve_precision
-from pretrain.progress import say
 from pretrain.recovery import hold_rank
 from pretrain.world import World
 from scgpt.config import read_values
 from scgpt.errors import CheckpointError, ConfigError
 from scgpt.files import TEMPORARY_PREFIX, remove, write_bytes
+from scgpt.stderr import say
 
 CONFIG, DEEPSPEED, VOCAB, CHECKPOINTS = "config.yaml", "deepspeed.json", "vocab.json", "checkpoints"
 _PACKAGES = ("scgpt-pretrain", "torch", "deepspeed", "numpy", "numba")

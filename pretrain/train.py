@@ -10,9 +10,9 @@ import os
 import traceback
 from collections.abc import Sequence
 
-from pretrain.progress import say
 from scgpt.errors import EXIT_INTERRUPTED, ConfigError, ScgptError, explain
-from scgpt.process import end_process, open_streams, signals_interrupt
+from scgpt.process import open_streams, print_answer, run_program, signals_interrupt
+from scgpt.stderr import say
 from scgpt.words import path
 
 
@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.print_deepspeed_config:
         from pretrain.deepspeed_json import describe_json
 
-        sys.stdout.write(describe_json(config, int(os.environ.get("WORLD_SIZE", "1"))) + "\n")
+        print_answer(describe_json(config, int(os.environ.get("WORLD_SIZE", "1"))))
         return 0
     if args.out is None:
         raise ConfigError("there is no run directory", where="command line", fix="give --out RUN")
@@ -79,4 +79,4 @@ def _run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    run_program(main)

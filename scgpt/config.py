@@ -23,6 +23,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from yaml.reader import ReaderError
 
 from scgpt.errors import ConfigError
 
@@ -217,8 +218,12 @@ def _read(path: Path, tree: _Tree, seen: tuple[Path, ...]) -> None:
     except OSError as error:
         raise ConfigError(f"the configuration cannot be read: {error.strerror}", where=str(path),
                           fix="give the path of a YAML file or the name of a configuration that ships") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not YAML: {' '.join(str(error).split())}", where=str(path), fix="mend the file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML: {_reason(error)}", where=f"{path}{_position(error)}",
+                          fix="mend the file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not YAML: it is no UTF-8 text, byte {error.start}", where=str(path),
+                          fix="mend the file") from None
     except RecursionError as error:   # brackets by the thousand, or an alias of what it stands in
         raise ConfigError("it is nested without end", where=str(path), fix="mend the file") from error
     if node is None:
@@ -257,13 +262,32 @@ def _construct(node: yaml.Node, path: Path, location: Location, origins: dict[Lo
 def _parse_override(override: str) -> tuple[list[str], Any]:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise ConfigError(f"'{override}' is not a setting", where="command line",
+        raise ConfigError(f"'{_without_secrets(override)}' is not a setting", where="command line",
                           fix="write key=value, for example seed=1")
     try:
         return key.split("."), yaml.load(text, _Loader)  # noqa: S506 our loader is a SafeLoader
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"the value of '{key}' is not YAML: {' '.join(str(error).split())}", where="command line",
-                          fix="quote it, or mend the brackets") from error
+        raise ConfigError(f"the value of '{key}' is not YAML: {_reason(error)}", where="command line",
+                          fix="quote it, or mend the brackets") from None
+
+
+def _reason(error: Exception) -> str:
+    """Why a text is no YAML, without what it says there, which may hold a secret: PyYAML quotes up to its end."""
+    if isinstance(error, RecursionError):
+        return "it is nested without end"
+    if isinstance(error, ReaderError):   # a class of its own, for signs that no YAML may hold
+        return "it holds a control character"
+    parts = [part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part]
+    text = " ".join(": ".join(parts).split()) or "it cannot be parsed"
+    # Signs (':') and kinds of tokens ('<scalar>') stay; names of aliases, anchors and tags are the file's own words.
+    return re.sub(r"""\s*(['"])(.*?)\1""", lambda found: found[0] if len(found[2]) <= 2 or found[2][0] == "<" else "",
+                  text)
+
+
+def _position(error: yaml.YAMLError) -> str:
+    """`:LINE:COLUMN` of a fault, from 1; nothing where it is not known."""
+    mark = getattr(error, "problem_mark", None)
+    return "" if mark is None else f":{mark.line + 1}:{mark.column + 1}"
 
 
 def _explain(cls: type[Config], error: ValidationError,

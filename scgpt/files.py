@@ -86,7 +86,7 @@ def remove(path: Path) -> None:
     """Remove a file or a whole folder; nothing happens where there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif os.path.lexists(path):   # on a read-only disk, unlinking what is not there fails too
         path.unlink(missing_ok=True)
 
 

@@ -1,13 +1,18 @@
-"""How a program of ours begins and ends: its standard streams, the signals that interrupt it, its exit code."""
+"""How a program of ours begins and ends: its standard streams, the signals that interrupt it, its answer and
+exit code.
+"""
 import atexit
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
+
+from scgpt.errors import EXIT_FAILED, ScgptError
+from scgpt.stderr import say
 
 # What schedulers send, a terminal that is closed, and Ctrl-C.
 INTERRUPTING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
@@ -58,6 +63,29 @@ def signals_interrupt() -> Iterator[None]:
             signal.signal(number, earlier)
 
 
+def print_answer(text: str) -> None:
+    """Print what a program was asked for, and flush it. A reader that has seen enough (`| head`) is no failure.
+
+    Raises ScgptError where stdout cannot be written, as on a full disk: whoever asked has no answer, or half of one.
+    """
+    try:
+        print(text, flush=True)  # noqa: T201 the answer
+    except BrokenPipeError:
+        _lead_nowhere()   # what the buffer still holds is not flushed at exit
+    except OSError as error:
+        _lead_nowhere()
+        raise _untold(error) from error
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Run `main`, then end the process with the code that it returns, or that argparse raises."""
+    try:
+        code = main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else EXIT_FAILED
+    end_process(code)
+
+
 def end_process(code: int) -> NoReturn:
     """End the process with `code`: exit handlers run and output is flushed, but the interpreter is not taken apart.
 
@@ -66,7 +94,26 @@ def end_process(code: int) -> NoReturn:
     finished.
     """
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):   # nobody reads it any more
-            stream.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass   # nobody reads it any more
+    except OSError as error:
+        say(f"error: {_untold(error)}")
+        code = code or EXIT_FAILED
+    except ValueError:
+        pass   # it was closed
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()
     os._exit(code)
+
+
+def _untold(error: OSError) -> ScgptError:
+    return ScgptError(f"what was done cannot be told: {error.strerror or error}", where="stdout",
+                      fix="give it a file on a disk with room")
+
+
+def _lead_nowhere() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -27,7 +27,7 @@ MUST_NOT_IMPORT = {
 }
 # Inside scgpt: a layer imports layers below it, at module level as inside functions.
 LAYERS = (
-    {"errors", "process", "words", "files", "config", "rng", "vocab"},
+    {"counted", "errors", "stderr", "process", "words", "files", "config", "rng", "vocab"},
     {"data"},
     {"collate"},
     {"model", "loss"},

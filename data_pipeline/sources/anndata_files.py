@@ -20,6 +20,7 @@ from data_pipeline.sources.elements import Element
 from data_pipeline.sources.faults import reading
 from data_pipeline.sources.location import Location
 from data_pipeline.sources.rechunk import cut_by_rows, read_block, select_rows
+from scgpt.counted import counted
 from scgpt.errors import ConfigError, SourceError
 
 SCAN_VALUES = 1 << 20   # stored values of a CSC matrix in memory at once while it is cut: some 70 bytes each
@@ -124,7 +125,7 @@ class AnnDataFile(Source):
             with self._reading(f"obs, {name}"):
                 length = elements.column_length(self._obs, name)
                 if length != self.n_cells:
-                    raise ValueError(f"{length} values for {self.n_cells} cells")
+                    raise ValueError(f"{counted(length, 'value')} for {counted(self.n_cells, 'cell')}")
                 found[name] = elements.read_column(self._obs, name, first, last)
         return found
 
@@ -205,7 +206,8 @@ class AnnDataFile(Source):
     def _check_shape(self) -> None:
         n_obs, n_var = elements.n_rows(self._obs), elements.n_rows(self._var)
         if (n_obs, n_var) != (self.n_cells, self.n_genes):
-            raise ValueError(f"a matrix of {self.n_cells} x {self.n_genes} with {n_obs} rows in obs and {n_var} in var")
+            raise ValueError(f"a matrix of {self.n_cells} x {self.n_genes} with {counted(n_obs, 'row')} in obs and "
+                             f"{n_var} in var")
         if self.format == "dense":
             elements.check_numbers(self._dense)
         else:

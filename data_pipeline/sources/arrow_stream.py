@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from data_pipeline.sources.location import Location
+from scgpt.counted import counted
 from scgpt.data.ipc_message import field, follow
 
 _FILE_MAGIC, _FILE_END = b"ARROW1\0\0", b"ARROW1"
@@ -83,7 +84,8 @@ class ArrowFile:
                     found = pa.ipc.read_record_batch(pa.ipc.read_message(stream), self.schema)
                 found.validate(full=True)
                 if found.num_rows != batch.rows:
-                    raise ValueError(f"a record batch of {found.num_rows} rows where its header says {batch.rows}")
+                    raise ValueError(f"a record batch of {counted(found.num_rows, 'row')} where its "
+                                     f"header says {batch.rows}")
                 yield found.select(list(columns))
 
 

@@ -15,6 +15,7 @@ from data_pipeline.sources import elements
 from data_pipeline.sources.elements import Element
 from data_pipeline.sources.hdf5_chunks import read_values
 from data_pipeline.sources.rechunk import Entries
+from scgpt.counted import counted
 
 _PIECE_VALUES = 1 << 18   # 2 MiB with their indices: the cache of a core
 _PIECE_CHUNKS = 8         # at least, so that few are decoded twice
@@ -40,10 +41,10 @@ class StoredMatrix:
             elements.check_numbers(array, kinds="buif" if key == "data" else "ui")
         lengths = {key: int(array.shape[0]) for key, array in arrays.items()}
         if lengths["data"] != lengths["indices"] or lengths["indptr"] != self.n_major + 1:
-            raise ValueError(f"a sparse matrix of {self.n_major} rows with {lengths['data']} values, "
+            raise ValueError(f"a sparse matrix of {counted(self.n_major, 'row')} with {lengths['data']} values, "
                              f"{lengths['indices']} indices and {lengths['indptr']} boundaries")
         if self.n_major and (end := int(self.indptr[-1])) != lengths["data"]:
-            raise ValueError(f"{lengths['data']} values where the boundaries say {end}")
+            raise ValueError(f"{counted(lengths['data'], 'value')} where the boundaries say {end}")
         if self.n_major and (begin := int(self.indptr[0])):
             raise ValueError(f"boundaries that begin at {begin}, not at 0")
 
@@ -107,11 +108,11 @@ class StoredMatrix:
         a whole file too: only then the chunks are counted. `offsets`: of the rows (CSC: columns) within the entries.
         """
         if len(data) and not data.all() and (missing := elements.missing_chunks(self.data)):
-            raise ValueError(f"{missing} chunks of its values are missing")
+            raise _unwritten(missing, "values")
         if zero_comes_twice and (missing := elements.missing_chunks(self.indices)):
-            raise ValueError(f"{missing} chunks of its indices are missing")
+            raise _unwritten(missing, "indices")
         if np.diff(offsets).max(initial=0) > self.n_minor and (missing := elements.missing_chunks(self.indptr)):
-            raise ValueError(f"{missing} chunks of its row boundaries are missing")
+            raise _unwritten(missing, "row boundaries")
 
 
 @njit(cache=True, nogil=True)
@@ -141,3 +142,7 @@ def keep_columns(rows: csr_array, places: NDArray[np.integer], n_columns: int) -
     kept = moved >= 0
     before = np.concatenate([[0], np.cumsum(kept, dtype=np.int64)])
     return csr_array((rows.data[kept], moved[kept], before[rows.indptr]), shape=(rows.shape[0], n_columns))
+
+
+def _unwritten(missing: int, what: str) -> ValueError:
+    return ValueError(f"{counted(missing, f'chunk of its {what} is', f'chunks of its {what} are')} missing")

@@ -18,6 +18,7 @@ from data_pipeline.sources.identity import state_of
 from data_pipeline.sources.location import Location
 from data_pipeline.sources.obs_columns import plain
 from data_pipeline.sources.tables import Table, open_table
+from scgpt.counted import counted
 from scgpt.data import Manifest, TokenDataset, verify_corpus
 from scgpt.data.schema import CELL_ID
 from scgpt.errors import ConfigError, DataError, SourceError
@@ -42,7 +43,7 @@ class Corpus(Source):
             files = tuple(path / part.obs.file for split in manifest.splits.values() for part in split.parts)
             self._obs: Table = open_table(files, None, state_of(path))
             if self._obs.n_rows != self.n_cells:
-                raise ValueError(f"{self._obs.n_rows} rows for {self.n_cells} cells")
+                raise ValueError(f"{counted(self._obs.n_rows, 'row')} for {counted(self.n_cells, 'cell')}")
 
     @classmethod
     def open(cls, location: Location, *, name: str, layer: str = AUTO) -> "Corpus":

@@ -20,6 +20,7 @@ import h5py
 from data_pipeline.sources.elements import is_array
 from data_pipeline.sources.faults import RESTORE
 from data_pipeline.sources.location import Location
+from scgpt.counted import counted
 from scgpt.errors import SourceError
 
 LIMIT_S = 300.0                    # for one file; a sound one of 1,000,000 chunks takes some seconds
@@ -80,7 +81,7 @@ def _be_child(location: Location, writing: int) -> None:
         outside: list[str] = []
         with _reader_tells(), h5py.File(location.path, "r") as file:
             _walk(file, location.path.stat().st_size, set(), outside)
-        os.write(writing, (f"{outside[0]} lie beyond its end" if outside else _SOUND).encode())
+        os.write(writing, (f"{outside[0]} beyond its end" if outside else _SOUND).encode())
     os._exit(0)
 
 
@@ -120,6 +121,6 @@ def _look(array: h5py.Dataset, file_bytes: int, outside: list[str]) -> None:
     if array.chunks:
         array.id.chunk_iter(place)
     if beyond:
-        outside.append(f"{beyond} chunks of {array.name}")
+        outside.append(counted(beyond, f"chunk of {array.name} lies", f"chunks of {array.name} lie"))
     if array.dtype.kind == "O" and array.shape:
         array[:_TEXT_ROWS]

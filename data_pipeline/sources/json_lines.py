@@ -11,6 +11,7 @@ from pyarrow import json
 
 from data_pipeline.sources.arrow_stream import Batch
 from data_pipeline.sources.location import Location
+from scgpt.counted import counted
 
 _PIECE_BYTES = 1 << 20
 _MAX_LINE_BYTES = 64 << 20
@@ -56,7 +57,7 @@ class JsonLines:
                 stream.seek(self.batches[number].offset)
                 table = _parse(stream.read(self.batches[number].bytes), self.schema)
                 if table.num_rows != self.batches[number].rows:
-                    raise ValueError(f"{table.num_rows} rows where there were {self.batches[number].rows}")
+                    raise ValueError(f"{counted(table.num_rows, 'row')} where there were {self.batches[number].rows}")
                 yield from table.select(list(columns)).combine_chunks().to_batches()
 
 

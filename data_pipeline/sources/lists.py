@@ -222,7 +222,7 @@ def _to_csr(batch: pa.RecordBatch, genes: GeneTable, first: int, path: Location)
     lengths, others = (pc.list_value_length(column) for column in lists)
     differ = pc.fill_null(pc.not_equal(lengths, others), fill_value=True).to_numpy(zero_copy_only=False)
     for row in np.flatnonzero(differ)[:1].tolist():
-        raise ValueError(f"row {first + row} has {lengths[row]} genes and {others[row]} expressions")
+        raise ValueError(f"row {first + row}: {lengths[row]} in genes, {others[row]} in expressions")
     offsets = np.concatenate([[0], np.cumsum(lengths.to_numpy(), dtype=np.int64)])
     ids = pc.fill_null(pc.list_flatten(lists[0]).cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
     values = pc.list_flatten(lists[1]).to_numpy(zero_copy_only=False)   # missing ones become NaN

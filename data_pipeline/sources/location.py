@@ -152,10 +152,15 @@ class Location:
                 return Path(self.url).open("rb")
             system, path = self._system()
             stream = system.open(path, "rb", block_size=REMOTE_BLOCK_BYTES, cache_type="blockcache")
-            if not stream.seekable():
+            if not stream.seekable() or not self._sends_parts(system, path, stream.size):
                 stream.close()
                 raise _no_parts(self)
             return cast(BinaryIO, stream)
+
+    def _sends_parts(self, system: Any, path: str, size: int) -> bool:
+        """Whether a web server heeds `Range`, asked for the last byte; of a file in one block it need not."""
+        return (self.scheme not in _HTTP or size <= REMOTE_BLOCK_BYTES
+                or len(system.cat_file(path, start=size - 1, end=size)) == 1)
 
     def expand(self) -> "list[Location]":
         """What matches the glob, sorted; itself where it is none, or where a file bears just this name."""

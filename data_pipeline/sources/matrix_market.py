@@ -14,6 +14,7 @@ from pyarrow import csv
 
 from data_pipeline.sources.compressed import check_indices
 from data_pipeline.sources.rechunk import Entries
+from scgpt.counted import counted
 
 PIECE_BYTES = 16 << 20   # text in memory at once, some 1.5 million entries
 _BANNER = re.compile(r"%%MatrixMarket\s+matrix\s+(\w+)\s+(\w+)\s+(\w+)\s*", re.IGNORECASE)
@@ -54,7 +55,7 @@ def read_header(stream: IO[bytes]) -> Header:
         raise ValueError("a MatrixMarket file without its line of three sizes")
     n_rows, n_columns, n_entries = map(int, sizes)
     if n_entries > n_rows * n_columns:
-        raise ValueError(f"{n_entries:,} entries in a matrix of {n_rows:,} x {n_columns:,}")
+        raise ValueError(f"{counted(n_entries, 'entry', 'entries')} in a matrix of {n_rows:,} x {n_columns:,}")
     return Header(n_rows, n_columns, n_entries, field)
 
 
@@ -88,7 +89,7 @@ def read_entries(stream: IO[bytes], header: Header) -> Iterator[Entries]:
         if not text:
             break
     if found != header.n_entries:
-        raise ValueError(f"{found:,} entries where the header says {header.n_entries:,}")
+        raise ValueError(f"{counted(found, 'entry', 'entries')} where the header says {header.n_entries:,}")
 
 
 def _parse(lines: bytes, header: Header) -> Entries:

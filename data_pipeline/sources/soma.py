@@ -19,6 +19,7 @@ from data_pipeline.sources.faults import reading
 from data_pipeline.sources.location import Location
 from data_pipeline.sources.obs_columns import is_plain, plain
 from data_pipeline.sources.rechunk import to_csr
+from scgpt.counted import counted
 from scgpt.errors import ConfigError, SourceError
 
 JOINID = "soma_joinid"
@@ -210,5 +211,5 @@ def _n_rows(frame: Any) -> int:
         raise ValueError(f"a data frame that is ordered by {', '.join(frame.index_column_names)}, not by {JOINID}")
     n_rows = int(frame.count)
     if n_rows and tuple(frame.non_empty_domain()[0]) != (0, n_rows - 1):
-        raise ValueError(f"{n_rows} rows whose joinids are {frame.non_empty_domain()[0]}")
+        raise ValueError(f"{counted(n_rows, 'row')} whose joinids are {frame.non_empty_domain()[0]}")
     return n_rows

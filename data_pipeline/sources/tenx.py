@@ -21,6 +21,7 @@ from data_pipeline.sources.elements import chunk_bytes
 from data_pipeline.sources.faults import reading
 from data_pipeline.sources.h5ad import open_hdf5
 from data_pipeline.sources.location import Location
+from scgpt.counted import counted
 from scgpt.errors import ConfigError, SourceError
 
 BARCODE = "barcode"                      # the only thing that the format knows of a cell
@@ -102,7 +103,7 @@ class TenxSource(Source):
     @override
     def remarks(self) -> list[str]:
         left_out = sorted(self.features.left_out.items())
-        return [f"{count:,} features of '{kind}' are left out" for kind, count in left_out]
+        return [f"{counted(count, 'feature')} of '{kind}' left out" for kind, count in left_out]
 
 
 class TenxH5(TenxSource):

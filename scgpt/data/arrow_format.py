@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from scgpt.counted import counted
 from scgpt.data.corpus_files import RESTORE, CorpusFiles
 from scgpt.data.ipc_message import Codec
 from scgpt.data.manifest import BatchEntry, ShardEntry, check_sizes
@@ -175,8 +176,8 @@ def _map_shard(path: str, shard: ShardEntry) -> pa.Table:
     except (OSError, KeyError, pa.ArrowException) as error:
         raise DataError(f"the shard cannot be mapped: {error}", where=path, fix=RESTORE) from error
     if table.num_rows != shard.cells:
-        raise DataError(f"the shard holds {table.num_rows} cells, the manifest says {shard.cells}", where=path,
-                        fix=RESTORE)
+        raise DataError(f"the shard holds {counted(table.num_rows, 'cell')}, the manifest says {shard.cells}",
+                        where=path, fix=RESTORE)
     return table
 
 

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from scgpt.counted import counted
 from scgpt.errors import ConfigError, DataError, ScgptError
 from scgpt.files import sha256
 
@@ -105,8 +106,8 @@ class CorpusFiles:
         pieces = self._read_merged(merged)
         for (name, start, stop), piece in zip(merged, pieces, strict=True):
             if len(piece) != stop - start:
-                raise DataError(f"the file ends {stop - start - len(piece)} bytes too early", where=self.where(name),
-                                fix=RESTORE)
+                raise DataError(f"the file ends {counted(stop - start - len(piece), 'byte')} too early",
+                                where=self.where(name), fix=RESTORE)
         return [memoryview(pieces[piece])[start - merged[piece][1]:stop - merged[piece][1]]
                 for piece, start, stop in zip(places, starts.tolist(), stops.tolist(), strict=True)]
 

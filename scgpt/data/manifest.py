@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeInt, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from scgpt.config import Config
+from scgpt.counted import counted
 from scgpt.data.corpus_files import RESTORE, CorpusFiles
 from scgpt.data.schema import FORMAT, FORMAT_VERSION
 from scgpt.errors import DataError
@@ -66,7 +67,7 @@ class ShardEntry(Entry):
                 raise ValueError(f"the batch of row {batch.first_row} of {self.file} is out of its place")
             row, end = row + batch.cells, batch.offset + 1
         if row != self.cells:
-            raise ValueError(f"{self.file} has {self.cells} cells, its batches {row}")
+            raise ValueError(f"{self.file} has {counted(self.cells, 'cell')}, its batches {row}")
         return self
 
 
@@ -256,5 +257,5 @@ def check_sizes(files: CorpusFiles, entries: Sequence[FileEntry | ShardEntry]) -
     """Raise DataError where a file is missing or has not the size that the manifest says; reads no content."""
     for entry, size in zip(entries, files.sizes([entry.file for entry in entries]), strict=True):
         if size != entry.bytes:
-            raise DataError(f"the file has {size} bytes, the manifest says {entry.bytes}",
+            raise DataError(f"the file has {counted(size, 'byte')}, the manifest says {entry.bytes}",
                             where=files.where(entry.file), fix=RESTORE)

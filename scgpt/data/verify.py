@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from scgpt.counted import counted
 from scgpt.data.corpus_files import RESTORE, CorpusFiles
 from scgpt.data.manifest import MANIFEST, VOCAB, FileEntry, Manifest, SplitEntry, check_sizes
 from scgpt.data.schema import CELL_ID, check_cells
@@ -66,8 +67,8 @@ def verify_cells(files: CorpusFiles, split: SplitEntry, n_tokens: int) -> None:
             held = [name for name in (CELL_ID, CONTENT_HASH) if name in table.schema_arrow.names]
             known = {name: column.to_numpy() for name, column in zip(held, table.read(held).columns, strict=True)}
         if tokens != part.tokens:
-            raise DataError(f"{tokens} values, the manifest says {part.tokens}", where=files.where(part.obs.file),
-                            fix="build the corpus again")
+            raise DataError(f"{counted(tokens, 'value')}, the manifest says {part.tokens}",
+                            where=files.where(part.obs.file), fix="build the corpus again")
         expected = {name: np.concatenate([np.zeros(0, np.uint64), *found])
                     for name, found in ((CELL_ID, ids), (CONTENT_HASH, hashes))}
         if CELL_ID not in known or not all(np.array_equal(known[name], expected[name]) for name in known):

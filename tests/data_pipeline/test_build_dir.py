@@ -1,12 +1,15 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.build_dir import BUILD, LOCK, BuildDir, claim, finished
+from data_pipeline.execute import build
 from data_pipeline.plan import Plan, make_plan
+from data_pipeline.report import write_report
 from data_pipeline.sources import Location
 from data_pipeline.sources.identity import state_of
 from scgpt.errors import ConfigError, DataError
@@ -100,6 +103,30 @@ def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path, plan: Plan) 
         pass
     with pytest.raises(ConfigError, match="the directory cannot be used"), claim(Path("/proc/x"), plan, fresh=False):
         pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a read-only disk")
+def test_a_complete_corpus_on_a_read_only_disk_is_found_complete(tmp_path: Path, plan: Plan) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "none", str(disk)], check=False).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        build_here(config_of(BLOOD), disk / "out")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        again = build(config_of(BLOOD), disk / "out")
+        assert (again.workers, again.manifest.plan_sha256) == ("", plan.sha256)
+        with pytest.raises(ConfigError, match="cannot be used: Read-only file system"):
+            build(config_of(BLOOD), disk / "out", fresh=True)
+        with pytest.raises(ConfigError, match="a corpus of another plan"):
+            build(config_of(BLOOD, seed=1), disk / "out")
+        with pytest.raises(ConfigError, match="cannot be used: Read-only file system"):
+            build(config_of(BLOOD), disk / "other")
+        with pytest.raises(ConfigError, match=r"cannot be written there \(.*out\).*--out FILE.html in a folder"):
+            write_report(disk / "out")
+        assert write_report(disk / "out", tmp_path / "page.html")[0].exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_complete_corpus_is_left_alone_and_refused_to_another_plan(tmp_path: Path, plan: Plan) -> None:

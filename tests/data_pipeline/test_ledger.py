@@ -48,7 +48,7 @@ def test_a_lost_value_is_noticed(cells: RaggedBatch) -> None:
 
 
 def test_a_lost_cell_is_noticed() -> None:
-    with pytest.raises(DataError, match="5 cells came in, 4 are accounted for"):
+    with pytest.raises(DataError, match="5 cells came in, accounted for: 4"):
         books.check(Ledger(5, {"train": 3}, {"filter": 1}), where="test")
 
 

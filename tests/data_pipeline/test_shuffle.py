@@ -135,5 +135,5 @@ def test_cells_that_are_left_out_must_be_there(tmp_path: Path) -> None:
     ids = cells.columns[CELL_ID].astype(np.uint64)
     fewer, _ = merge_runs(runs, np.dtype(np.uint16), [], ids[[3, 40]])
     assert as_lists(fewer).keys() == set(ids.tolist()) - {ids[3], ids[40]}
-    with pytest.raises(DataError, match="2 cells are to be left out, 1 are there"):
+    with pytest.raises(DataError, match="2 cells to be left out, of which are there: 1"):
         merge_runs(runs, np.dtype(np.uint16), [], np.array([ids[3], 5], np.uint64))

@@ -71,6 +71,16 @@ def test_a_reader_who_has_seen_enough_is_no_failure():
     process.stderr.close()
 
 
+def test_an_interruption_stays_one_where_the_answer_is_lost(monkeypatch: pytest.MonkeyPatch):
+    def lose(text: str) -> None:
+        raise DataError("lost")
+    monkeypatch.setattr(cli, "print_answer", lose)
+    monkeypatch.setattr(cli, "config_list", lambda args: cli.Answer("", exit_code=75))
+    assert cli.main(["config", "list"]) == 75
+    monkeypatch.setattr(cli, "config_list", lambda args: cli.Answer(""))
+    assert cli.main(["config", "list"]) == 1
+
+
 def test_settings_are_taken_before_and_after_flags():
     parser = cli.build_parser()
     args, rest = parser.parse_known_args(["data", "build", "demo", "seed=1", "--out", "x", "seed=2", "a.b=[1, 2]"])

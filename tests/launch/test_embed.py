@@ -133,7 +133,7 @@ def test_what_cannot_be_embedded_leaves_nothing(tiny_release: Path, cells_h5ad: 
     foreign.var_names = [f"unknown-{index}" for index in range(foreign.n_vars)]
     foreign.write_h5ad(tmp_path / "foreign.h5ad")
     out = tmp_path / "out.h5ad"
-    with pytest.raises(SourceError, match="0 of 20125 genes") as caught:
+    with pytest.raises(SourceError, match="0 of 20,125 genes") as caught:
         embed_file(tiny_release, tmp_path / "foreign.h5ad", out)
     assert "vocabulary, or lower" not in str(caught.value)   # that is advice for a corpus
     for device in ("tpu", "cuda:99", "cuda:x", ""):

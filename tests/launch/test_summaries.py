@@ -31,6 +31,24 @@ def test_a_plan_tells_limits_memory_time_and_what_is_left_out(tmp_path: Path,
     assert value["sources"][0]["columns"]["donor"] == "donor"
 
 
+def test_a_plan_tells_of_sources_and_corpora_that_its_filters_empty(tmp_path: Path,
+                                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "corpus.yaml"
+    other = f"{{path: {BLOOD}, name: other}}"
+    path.write_text(f"sources: [{{path: {BLOOD}, filter: 'phase == \"G9\"'}}, {other}]\n"
+                    "cells: {filter: 'n_genes > 0'}\n")
+    assert cli.main(["data", "plan", str(path)]) == 0
+    none = 'of blood-pbmc68k no cell would be kept: none has (n_genes > 0) and (phase == "G9")'
+    assert none in capsys.readouterr().out.splitlines()
+    assert cli.main(["data", "plan", str(path), "--json"]) == 0
+    assert [source["cells_passing"] for source in json.loads(capsys.readouterr().out)["sources"]] == [0, 700]
+    for command in (["plan"], ["build", "--out", str(tmp_path / "out")]):
+        assert cli.main(["data", *command, str(path), "cells.filter=phase == 'G9'"]) == 1
+        assert capsys.readouterr().err.startswith(
+            "error: no cell passes the filters (blood-pbmc68k: (phase == 'G9') and (phase == ")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_file_of_which_nothing_can_be_compared_is_not_answered_with_no(tmp_path: Path, capsys) -> None:
     build_here(config_of(BLOOD), tmp_path / "out")
     few = write_h5ad(tmp_path / "few.h5ad", sparse.csr_matrix(np.eye(40, dtype=np.float32)))

@@ -73,7 +73,8 @@ def test_a_run_that_was_continued_is_not_taken_for_a_fast_one(step):
 
 LINES = """
 import sys
-from pretrain.progress import Bar, Lines, say
+from pretrain.progress import Bar, Lines
+from scgpt.stderr import say
 shown = {bar}
 input()
 for step in range(3):

@@ -117,6 +117,28 @@ def test_a_file_that_is_wrong_is_refused_in_one_sentence(tmp_path: Path, text: s
     assert says in fault(write(tmp_path / "a.yaml", text))
 
 
+@pytest.mark.parametrize(("text", "place", "says"), [
+    ('path: s3://me:s3cret@bucket\nseed: "s3cret', "a.yaml:2:14", "found unexpected end of stream"),
+    ("batch: {path: 's3://me:s3cret@bucket'\nseed: 1", "a.yaml:2:1", "expected ',' or '}', but got '<scalar>'"),
+    ("batch: *s3cret", "a.yaml:1:8", "found undefined alias"),
+    ("seed: &s3cret 1\nbatch: &s3cret 2", "a.yaml:2:8", "found duplicate anchor"),
+    ("batch: s3cret\nseed: %s3cret", "a.yaml:2:7", "found character '%' that cannot start any token"),
+    ("seed: s3cret\n  s3cret: 1", "a.yaml:2:9", "mapping values are not allowed here"),
+    ("seed: 's3cret\x00'", "a.yaml", "control character"),
+])
+def test_a_file_that_is_no_yaml_is_told_by_place_and_reason_not_by_its_text(tmp_path: Path, text: str, place: str,
+                                                                            says: str):
+    message = fault(write(tmp_path / "a.yaml", text))
+    assert f"{place})" in message
+    assert says in message
+    assert "s3cret" not in message
+
+
+@pytest.mark.parametrize("override", ["seed=[s3cret", "batch.word='s3cret", "seed=*s3cret", "s3://me:s3cret@bucket"])
+def test_an_override_that_is_no_yaml_is_not_quoted(tmp_path: Path, override: str):
+    assert "s3cret" not in fault(write(tmp_path / "a.yaml", "seed: 1\n"), override)
+
+
 @pytest.mark.parametrize(("override", "says"), [
     ("seed", "not a setting"), ("=1", "not a setting"), ("seed=[", "not YAML"),
     pytest.param(f"seed={'[' * 3000}", "not YAML", id="deep"),

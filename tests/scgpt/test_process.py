@@ -9,6 +9,8 @@ import pytest
 
 from scgpt.process import INTERRUPTING, Interrupter, signals_interrupt
 
+ROOT = Path(__file__).parents[2]
+
 PROGRAM = """
 import atexit, threading
 import torch
@@ -82,3 +84,25 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_an_answer_that_cannot_be_written_is_a_failure() -> None:
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        for words in (["-m", "launch.cli", "config", "list"], ["-m", "launch.cli", "--help"],
+                      ["-m", "launch.cli", "train", "demo", "data.corpus=x", "--print-deepspeed-config"],
+                      ["pretrain/train.py", "demo", "data.corpus=x", "--print-deepspeed-config"]):
+            done = subprocess.run([sys.executable, *words], stdout=full, stderr=subprocess.PIPE, text=True,
+                                  check=False, cwd=ROOT, env=os.environ | {
+                                      "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""})   # else argparse hides it
+            assert done.returncode == 1
+            assert done.stderr.startswith("error: what was done cannot be told: No space left on device (stdout); ")
+            assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_failure_keeps_its_code_where_the_answer_is_lost_too() -> None:
+    program = "import sys; from scgpt.process import end_process; sys.stdout.write('lost'); end_process(75)"
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True,
+                              check=False, env=os.environ | {"PYTHONUNBUFFERED": ""})
+    assert done.returncode == 75
+    assert "what was done cannot be told" in done.stderr

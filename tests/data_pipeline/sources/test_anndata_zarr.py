@@ -118,9 +118,9 @@ def cut(name: str) -> Callable[[Path], None]:
 
 
 BAD = {
-    "a chunk of values is gone": (remove("X/data/c/3"), "1 chunks of its values are missing"),
-    "a chunk of indices is gone": (remove("X/indices/c/3"), "1 chunks of its indices are missing"),
-    "the first boundaries are gone": (remove("X/indptr/c/0"), "1 chunks of its row boundaries are missing"),
+    "a chunk of values is gone": (remove("X/data/c/3"), "1 chunk of its values is missing"),
+    "a chunk of indices is gone": (remove("X/indices/c/3"), "1 chunk of its indices is missing"),
+    "the first boundaries are gone": (remove("X/indptr/c/0"), "1 chunk of its row boundaries is missing"),
     "later boundaries are gone": (remove("X/indptr/c/2"), "row boundaries that do not fit"),
     "the last boundaries are gone": (remove("X/indptr/c/3"), "values where the boundaries say 0"),
     "an array is gone": (remove("X/indices"), "unknown encoding"),
@@ -156,7 +156,7 @@ def test_any_missing_chunk_of_a_sparse_matrix_is_noticed(tmp_path: Path, form: s
     for chunk in sorted((path / f"X/{name}/c").iterdir()):
         content = chunk.read_bytes()
         chunk.unlink()
-        with pytest.raises(SourceError, match="chunks of its"), open_source(path, layer="X") as source:
+        with pytest.raises(SourceError, match="chunks? of its"), open_source(path, layer="X") as source:
             source.read_rows(0, 60)
         chunk.write_bytes(content)
 

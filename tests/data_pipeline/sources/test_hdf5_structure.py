@@ -63,7 +63,7 @@ def test_chunks_beyond_the_end_are_told_before_any_work(whole: Path, tmp_path: P
     held = content.find(address)
     content[held:held + 8] = (len(content) * 3).to_bytes(8, "little")
     path.write_bytes(content)
-    with pytest.raises(SourceError, match="1 chunks of /X/data lie beyond its end.*poor.h5ad"):
+    with pytest.raises(SourceError, match="1 chunk of /X/data lies beyond its end.*poor.h5ad"):
         make_plan(config_of(path))
 
 

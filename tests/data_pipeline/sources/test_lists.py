@@ -114,8 +114,8 @@ def test_a_first_entry_without_expression_may_be_unknown(tmp_path: Path) -> None
 @pytest.mark.parametrize(("genes", "expressions", "message"), [
     ([[FIRST_ID, 9000]], [[1.0, 2.0]], "row 0 holds the id 9000"), ([[9000]], [[2.0]], "row 0 holds the id 9000"),
     ([[FIRST_ID], [FIRST_ID + 1, -5]], [[1.0], [1.0, -1.0]], "row 1 holds the id -5"),
-    ([[FIRST_ID], [4, 5]], [[1.0], [1.0]], "row 1 has 2 genes and 1 expressions"),
-    ([None], [[1.0]], "row 0 has None genes"), ([None], [None], "row 0 has None genes")])
+    ([[FIRST_ID], [4, 5]], [[1.0], [1.0]], "row 1: 2 in genes, 1 in expressions"),
+    ([None], [[1.0]], "row 0: None in genes"), ([None], [None], "row 0: None in genes")])
 def test_lists_that_do_not_fit_are_named_by_row(tmp_path: Path, genes: Any, expressions: Any, message: str) -> None:
     table = pa.table({"genes": pa.array(genes, LISTS), "expressions": pa.array(expressions, pa.list_(pa.float32()))})
     with opened("parquet", tmp_path, table) as source, pytest.raises(SourceError, match=message):
@@ -253,8 +253,8 @@ def test_any_matrix_reads_back_from_json(tmp_path_factory: pytest.TempPathFactor
     ("", "X.datatable.json is empty"), ("\n \n", "is empty"), ("{}", "no list column 'genes'"), ("[1, 2]", "cannot be"),
     ('{"genes": [3], "expressions": ["a"]}', "changed from .* to string"), ('{"genes": [3], "expressio', "JSON parse"),
     ('{"genes": ["A"], "expressions": [1.0]}', "changed from .* to string"), ('{"genes": [3]}', "no column 'express"),
-    ('{"genes": [3], "expressions": [1, 2]}', "row 0 has 1 genes and 2"), ('{"genes": null, "expressions": null}',
-                                                                           "row 0 has None genes")])
+    ('{"genes": [3], "expressions": [1, 2]}', "row 0: 1 in genes, 2 in expr"), ('{"genes": null, "expressions": null}',
+                                                                           "row 0: None in genes")])
 def test_json_that_is_no_table_is_told(tmp_path: Path, text: str, message: str) -> None:
     path = write_bank(tmp_path / "a.scb", "json", X=COUNTS)
     (path / "X.datatable.json").write_text(text)

@@ -118,11 +118,14 @@ def test_planning_reads_only_headers_and_edges(tmp_path: Path, web: Served) -> N
     assert web.bytes_sent < 10 << 20   # 2 MiB of edges; the rest is blocks of 1 MiB in which something of use lies
 
 
-def test_a_server_that_sends_no_parts_is_told(web: Served) -> None:
-    web.files, web.ranges = {"a.h5ad": PANCREAS.read_bytes()}, False
+@pytest.mark.parametrize("n_bytes", [None, 3 << 19])   # all of it; 1.5 MiB, of which the edges are the whole
+def test_a_server_that_sends_no_parts_is_told(web: Served, n_bytes: int | None) -> None:
+    web.files, web.ranges = {"a.h5ad": PANCREAS.read_bytes()[:n_bytes]}, False
     try:
         with pytest.raises(SourceError, match="sends no parts of a file.*download it first"):
             make_plan(config_of(f"{web.url}/a.h5ad"))
+        with pytest.raises(SourceError, match="sends no parts of a file.*download it first"):
+            Location.of(f"{web.url}/a.h5ad").open()
     finally:
         web.ranges = True
 

@@ -60,7 +60,7 @@ def test_only_gene_expression_is_read(tmp_path: Path) -> None:
     with open_source(write_tenx_folder(tmp_path / "m", COUNTS, types=types)) as source:
         assert source.gene_names() == gene_names(40)[3:]
         assert np.array_equal(source.read_rows(0, 60).toarray(), COUNTS[:, 3:].toarray())
-        assert source.remarks() == ["3 features of 'Multiplexing Capture' are left out"]
+        assert source.remarks() == ["3 features of 'Multiplexing Capture' left out"]
 
 
 def test_a_third_column_of_something_else_leaves_no_gene_out(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pretrain import checkpoint
 from pretrain.checkpoint import SUMS, RunState, check_sums, sums_bytes
-from pretrain.config import config_of_run
+from pretrain.continuation import config_of_run
 from pretrain.release import args_json, config_json, model_card
 from pretrain.run_directory import VOCAB
 from pretrain.shards import Shards

@@ -10,7 +10,8 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.checkpoint import RunState
-from pretrain.config import RunConfig, TrainConfig, other_settings, other_terms
+from pretrain.config import RunConfig, TrainConfig
+from pretrain.continuation import other_settings, other_terms
 from pretrain.corpus import Corpus
 from pretrain.data import GlobalStep, Loader
 from pretrain.engine import Engine

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pretrain import checkpoint
 from pretrain.checkpoint import RunState
-from pretrain.config import TrainConfig, config_of_run, differences
+from pretrain.config import TrainConfig
+from pretrain.continuation import config_of_run, differences
 from pretrain.corpus import Corpus
 from pretrain.metrics import RunLog
 from pretrain.precision import resolve_precision

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pretrain import checkpoint
 from pretrain.checkpoint import SUMS, check_sums
-from pretrain.config import config_of_run
+from pretrain.continuation import config_of_run
 from pretrain.engine import Engine
 from pretrain.export import vocab_of
 from pretrain.fragments import fragments, refresh_weights

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain import config
+from pretrain import continuation
 from pretrain.metrics import read_rows
 from scgpt.errors import ConfigError
 from scgpt.files import json_bytes
@@ -32,11 +32,11 @@ def test_a_run_with_a_setting_that_is_gone_goes_on_and_tells_it_once(tmp_path, m
     before = sorted(path.read_bytes() for path in out.rglob("*.json"))
     with pytest.raises(ConfigError, match="unknown key 'train.moon_phase'"):
         runs.train_here(corpus, out, "train.max_steps=6", "schedule.kind=constant")
-    monkeypatch.setitem(config.GONE, "train.moon_phase", 0.25)
+    monkeypatch.setitem(continuation.GONE, "train.moon_phase", 0.25)
     with pytest.raises(ConfigError, match="train.moon_phase=0.5, which this version no longer has"):
         runs.train_here(corpus, out, "train.max_steps=6", "schedule.kind=constant")
     assert sorted(path.read_bytes() for path in out.rglob("*.json")) == before
-    monkeypatch.setitem(config.GONE, "train.moon_phase", 0.5)
+    monkeypatch.setitem(continuation.GONE, "train.moon_phase", 0.5)
     for steps in (6, 8):   # saved without it, it is told no second time
         assert runs.train_here(corpus, out, f"train.max_steps={steps}", "schedule.kind=constant") == 0
     told = [row["key"] for row in read_rows(out / "events.jsonl") if row["event"] == "setting_passed_over"]

@@ -64,6 +64,10 @@ class Engine:
         try:
             model = first_model(config, vocab, device=world.device, dtype=_DTYPES[self.precision],
                                 deepspeed_json=self.json)
+        except ValueError as error:
+            raise ConfigError(f"the model cannot be made: {' '.join(str(error).split())}",
+                              fix="change the setting that it names") from error
+        try:
             self.deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(),
                                                       config=self.json, dist_init_required=False)
         except (ValueError, AssertionError, deepspeed.runtime.config.DeepSpeedConfigError) as error:

@@ -89,3 +89,8 @@ def test_a_cell_of_one_token_has_no_batch_norm(tmp_path):
     with pytest.raises(ConfigError, match="no batch norm has a variance"):
         runs.train_here(tmp_path / "corpus", tmp_path / "run", *SETTINGS, *norm, "batch.micro_batch_size=1")
     assert runs.train_here(tmp_path / "corpus", tmp_path / "run", *SETTINGS, *norm) == 0
+
+
+def test_a_model_that_cannot_be_made_is_not_laid_to_deepspeed(corpus, tmp_path):
+    with pytest.raises(ConfigError, match="the model cannot be made: unknown activation 'Linear'"):
+        runs.train_here(corpus, tmp_path / "run", *SETTINGS, "model.kind=generator", "model.decoder_activation=Linear")

@@ -10,9 +10,9 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from data_pipeline.build_dir import BuildDir, Record
 from data_pipeline.progress import Progress
@@ -21,6 +21,7 @@ from data_pipeline.tasks import Layout
 from data_pipeline.workers import Job, disk_errors, find_or_do
 from scgpt.counted import counted
 from scgpt.errors import ConfigError, DataError, ScgptError
+from scgpt.stderr import LastingStderr
 
 _OBJECT_STORE_BYTES = 80 << 20   # records are small; the least that Ray takes is 75 MiB
 _CONNECT_S = 10.0                # for the head of a cluster to answer
@@ -117,15 +118,16 @@ def ray_workers(address: str | None, directory: BuildDir) -> Iterator[RayWorkers
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
-        _join(ray, address, options)
-        try:
-            _probe(ray, directory)
-            yield RayWorkers(ray, directory.out)
-        finally:
-            ray.shutdown()
+        with redirect_stdout(cast(TextIO, LastingStderr())):   # Ray tells of dead workers there
+            _join(ray, address, options)
+            try:
+                _probe(ray, directory)
+                yield RayWorkers(ray, directory.out)
+            finally:
+                ray.shutdown()
         return
     os.environ.setdefault("RAY_worker_niceness", "0")   # Ray's 15 starves the work itself where others are busy
-    with ray_folder() as folder:
+    with ray_folder() as folder, redirect_stdout(cast(TextIO, LastingStderr())):
         with _same_answer_to_sigterm():
             ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), num_gpus=0, include_dashboard=False,
                      object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=str(folder), **options)

@@ -27,6 +27,7 @@ from pretrain.starting_point import begin_from
 from pretrain.stopwatch import TO_DEVICE
 from pretrain.tracing import TRACES, traced
 from pretrain.world import RankError, World, is_lost_peer, join_world
+from scgpt.counted import counted
 from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED, CheckpointError
 from scgpt.files import write_bytes, write_json
 
@@ -104,7 +105,8 @@ class Training:
             self.log.event("resume", "; ".join([text, *changed]), **facts, changed=changed)
             return
         unseen = self.config.data.valid_split if self.held_out is None else None
-        self.log.event("start", f"training {self.total_steps} steps on {self.world.world_size} rank(s)"
+        self.log.event("start", f"training {counted(self.total_steps, 'step')} on "
+                       f"{counted(self.world.world_size, 'rank')}"
                        + (f"; split '{unseen}' has no cell to validate on" if unseen else ""), **facts)
         if self.held_out is not None:
             self.state.gene_mean_loss = self.held_out.gene_mean_loss(self.corpus.train, len(self.corpus.vocab))
@@ -119,7 +121,8 @@ class Training:
         terms = other_terms(before, self.config, ranks=ranks)
         if terms:
             text = (f"warning: {', '.join(terms)} will differ from the uninterrupted run's: a micro-batch had "
-                    f"{before.batch.micro_batch_size} cells on {ranks[0]} rank(s), and has {size} on {ranks[1]}")
+                    f"{before.batch.micro_batch_size} cells on {counted(ranks[0], 'rank')}, and has {size} on "
+                    f"{ranks[1]}")
             self.log.event("micro_batch_changed", text, step=self.state.step, terms=terms,
                            micro_batch_size=[before.batch.micro_batch_size, size], world_size=list(ranks))
 
@@ -146,7 +149,8 @@ class Training:
                 if self.state.step % settings.save_every == 0 or improved or went_back or stop or done:
                     self._save()
                 if done:
-                    self.log.event("finished", f"finished after {self.state.step} steps", step=self.state.step)
+                    self.log.event("finished", f"finished after {counted(self.state.step, 'step')}",
+                                   step=self.state.step)
                     return EXIT_DONE
                 if stop:
                     reason = next(reason for reason in self.world.gather(self.interruption.reason) if reason)

@@ -101,7 +101,7 @@ def test_a_micro_batch_of_another_size_is_told_where_something_depends_on_it(cor
     more = (*SETTINGS[1:], f"train.max_steps={STEPS + 1}", "batch.micro_batch_size=4")
     code, errors = runs.train(corpus, tmp_path / "run", *more)
     assert code == 0, errors
-    assert "warning: dropout will differ from the uninterrupted run's: a micro-batch had 2 cells on 1 rank(s)" in errors
+    assert "warning: dropout will differ from the uninterrupted run's: a micro-batch had 2 cells on 1 rank" in errors
     (event,) = [row for row in read_rows(tmp_path / "run" / "events.jsonl") if row["event"] == "micro_batch_changed"]
     assert (event["step"], event["micro_batch_size"], event["terms"]) == (STEPS, [2, 4], ["dropout"])
 

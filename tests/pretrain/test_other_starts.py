@@ -77,7 +77,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_by_itself(c
 def test_a_split_without_cells_is_told_and_patience_refused(tmp_path, capsys):
     write_corpus(tmp_path / "corpus", {"train": [random_cells([5] * 20)], "valid": []})
     assert runs.train_here(tmp_path / "corpus", tmp_path / "run", *SETTINGS) == 0
-    assert "1 rank(s); split 'valid' has no cell to validate on" in capsys.readouterr().err
+    assert "1 rank; split 'valid' has no cell to validate on" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="split 'valid' has no cell"):
         runs.train_here(tmp_path / "corpus", tmp_path / "other", *SETTINGS, "train.patience=2")
     assert not (tmp_path / "other").exists()

@@ -12,7 +12,7 @@ MAY_DIFFER = ("train.max_steps", "train.max_epochs", "train.max_tokens", "train.
               "train.eval_every", "train.save_every", "train.keep_last", "train.recompute", "train.compile",
               "train.deterministic", "train.precision", "train.max_skipped_steps", "train.max_rollbacks",
               "train.patience", "train.min_improvement", "train.peak_tflops", "train.probe_every", "data.corpus",
-              "data.workers", "batch.micro_batch_size", "deepspeed.", "tracking.")
+              "data.workers", "batch.micro_batch_size", "deepspeed.", "tracking.", "model.attention_backend")
 
 
 # Keys of earlier versions that are gone -> the value with which this version does what they did. Who removes a field

@@ -10,7 +10,8 @@ def test_a_run_may_go_on_with_other_limits_tracking_micro_batch_precision_and_de
     saved = config_of().model_dump(mode="json")
     changed = config_of("train.max_steps=5", "train.max_time_s=1", "train.log_every=1", "tracking.wandb=disabled",
                         "batch.micro_batch_size=2", "deepspeed.zero_stage=1", "deepspeed.overrides={a: 1}",
-                        "data.workers=0", "data.corpus=elsewhere", "train.keep_last=9", "train.compile=true",
+                        "data.workers=0", "data.corpus=elsewhere", "model.attention_backend=math",
+                        "train.keep_last=9", "train.compile=true",
                         "train.deterministic=true", "deepspeed.offload_optimizer=true", "train.precision=bf16")
     assert differences(saved, changed) == []
 

@@ -287,7 +287,10 @@ def write_slaf(cells: Cells, path: Path) -> None:
 
 
 def begin_slaf(cells: Cells, path: Path) -> Epochs:
-    """Its "raw mode": tables of (cell, gene, value), cells mixed within what its scanners hold."""
+    """Its "raw mode": tables of (cell, gene, value), cells mixed within what its scanners hold.
+
+    An epoch is left at its last cell: the iterator would wait a minute for more.
+    """
     from slaf import SLAFArray
     from slaf.ml import SLAFDataLoader
 
@@ -295,10 +298,14 @@ def begin_slaf(cells: Cells, path: Path) -> Epochs:
     stored.wait_for_metadata()
 
     def batches(epoch: int) -> Iterator[Batch]:
+        n_left = cells.n_cells
         for batch in SLAFDataLoader(stored, batch_size=BATCH, raw_mode=True, verbose=False):
             table = batch["x"]
-            yield Batch(table["cell_integer_id"].n_unique(), table["gene_integer_id"].to_numpy(),
-                        table["value"].to_numpy())
+            n_cells = table["cell_integer_id"].n_unique()
+            yield Batch(n_cells, table["gene_integer_id"].to_numpy(), table["value"].to_numpy())
+            n_left -= n_cells
+            if n_left <= 0:
+                return
 
     return batches
 

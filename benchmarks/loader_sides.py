@@ -18,6 +18,7 @@ from benchmarks.loader_timing import Batch, Epochs, seen, timed
 from pretrain.data import Loader
 from pretrain.draw import order_of
 from pretrain.order import Blocks
+from scgpt.allocator import keep_freed_memory
 from scgpt.collate import CollateConfig
 from scgpt.data import TokenDataset
 
@@ -146,6 +147,7 @@ SIDES = {
 def main() -> None:
     """SIDE CORPUS CONTEXT CORES SECONDS: print one line of JSON; 0 seconds: what an epoch holds, untimed."""
     side, corpus, context, cores, seconds = sys.argv[1:]
+    keep_freed_memory()   # as a training does; for all sides
     epochs = SIDES[side].begin(Task(Path(corpus), int(context), int(cores)))
     print(json.dumps(timed(epochs, seconds=float(seconds)) if float(seconds) else
                      seen(epochs, special=(CLS_ID, PAD_ID))))

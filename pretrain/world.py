@@ -3,7 +3,6 @@
 A launcher (deepspeed, torchrun, srun with the same variables) sets RANK, WORLD_SIZE and LOCAL_RANK; without one the
 process is alone, and needs no port: its group lives in memory, so runs side by side cannot meet.
 """
-import ctypes
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -16,12 +15,12 @@ import torch
 from torch import distributed
 from torch._C._distributed_c10d import HashStore
 
+from scgpt.allocator import keep_freed_memory
 from scgpt.errors import EXIT_FAILED, ConfigError, ScgptError, explain
 
 T = TypeVar("T")
 _LOCAL_SIZE = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")   # deepspeed, torchrun, Slurm
 _PEER_LOST = ("gloo", "nccl", "connection reset", "connection closed", "timed out", "socket")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3   # of malloc.h
 
 
 class RankError(ScgptError):
@@ -109,7 +108,7 @@ def join_world(*, timeout_s: float) -> Iterator[World]:
     device = _device(local_rank)
     if device.type == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-        _keep_freed_memory()
+    keep_freed_memory()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(local_rank)}.items():
         os.environ.setdefault(name, value)   # DeepSpeed reads them
     if local_size == world_size and device.type == "cpu":
@@ -123,14 +122,6 @@ def join_world(*, timeout_s: float) -> Iterator[World]:
         if alone:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
                 os.environ.pop(name, None)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc reuse freed buffers of up to 32 MiB: returned to the kernel, each step faults its gradients in anew."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _device(local_rank: int) -> torch.device:

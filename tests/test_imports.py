@@ -27,7 +27,7 @@ MUST_NOT_IMPORT = {
 }
 # Inside scgpt: a layer imports layers below it, at module level as inside functions.
 LAYERS = (
-    {"counted", "errors", "stderr", "process", "words", "files", "config", "rng", "vocab"},
+    {"counted", "errors", "stderr", "process", "allocator", "words", "files", "config", "rng", "vocab"},
     {"data"},
     {"collate"},
     {"model", "loss"},

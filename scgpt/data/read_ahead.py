@@ -44,8 +44,9 @@ class ReadAhead:
             from scgpt.data import gather
 
             self._left -= len(rows)
+            stored = np.lexsort((rows, batches))   # neighbours, whatever order they are wanted in, are one range
             for addresses, width in columns:
-                gather.will_need(addresses, offsets, batches, rows, width)
+                gather.will_need(addresses, offsets, batches[stored], rows[stored], width)
         return _missing_pages()
 
     def end(self, before: int, n_cells: int) -> None:

@@ -1,5 +1,17 @@
-"""Settings of all tests: none fails for its time under hypothesis, of which a busy machine takes more."""
+"""Settings of all tests: a test that hangs fails, none fails for its time on a busy machine."""
+import pytest
 from hypothesis import settings
+
+SLOW_S = 1200   # a start of a training takes 5 s on two idle cores, and was seen to take 50 beside other work
 
 settings.register_profile("untimed", settings(), deadline=None)   # else as Hypothesis has it here, or under CI
 settings.load_profile("untimed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of whole programs have at least SLOW_S, all others what pyproject.toml says."""
+    for item in items:
+        if any(item.get_closest_marker(name) for name in ("slow", "system")):
+            given = item.get_closest_marker("timeout")
+            if given is None or given.args[0] < SLOW_S:
+                item.add_marker(pytest.mark.timeout(SLOW_S), append=False)

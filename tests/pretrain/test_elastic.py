@@ -46,7 +46,6 @@ FEW = {   # every stage on every rank count is left once and reached once
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_any_stage_goes_on_in_any_other_on_more_or_fewer_ranks(corpus, tmp_path):
     chosen = PAIRS if FULL else [pair for pair in PAIRS if pair in FEW or pair[0] == pair[1]]
     folders = {(ranks, stage): tmp_path / f"from-{ranks}-{stage}" for ranks, stage in product((1, 2), STAGES)}
@@ -70,7 +69,6 @@ def test_any_stage_goes_on_in_any_other_on_more_or_fewer_ranks(corpus, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_every_precision_goes_on_from_the_float32_weights_of_every_other(corpus, tmp_path):
     kinds = [(0, "bf16"), (1, "bf16"), (3, "fp16"), (0, "fp16"), (2, "fp32")]
     settings = [(f"train.precision={precision}", "deepspeed.overrides={fp16: {initial_scale_power: 4}}",
@@ -96,7 +94,6 @@ def test_every_precision_goes_on_from_the_float32_weights_of_every_other(corpus,
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_curve_begun_on_two_ranks_is_the_same_on_one_and_on_four(corpus, tmp_path):
     half, whole = tmp_path / "half", tmp_path / "whole"
     begun, uninterrupted = run_cases(tmp_path, [case_of(corpus, half, 2, 30, resume=False),
@@ -119,7 +116,6 @@ def resumed(corpus: Path, folder: Path, kinds: list[tuple[int, tuple[str, ...]]]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_offloaded_optimizers_and_parameters_go_on_to_the_bit(corpus, tmp_path, ranks):
     optimizer, parameters = "deepspeed.offload_optimizer=true", "deepspeed.offload_params=true"
@@ -135,7 +131,6 @@ DOMAINS = ("data.batch_column=source", "model.n_batch_labels=2", "data.one_domai
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_statistics_of_batch_norms_come_back_and_are_the_same_on_any_ranks(tmp_path):
     """Two ranks are in different domains at a time; each domain's statistics are moved as one rank would move them."""
     corpus = runs.write_two_sources(tmp_path / "corpus")

@@ -8,7 +8,6 @@ from tests.pretrain import runs
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_deepspeed_clips_muons_update_in_zero_1_to_3_and_its_gradient_in_zero_0(tmp_path):
     """Should this fail for a newer DeepSpeed, Muon may pass the gradient gate, and can be offered."""
     code, errors = runs.program(Path(__file__).with_name("muon.py"), str(tmp_path / "found.json"), ranks=1)

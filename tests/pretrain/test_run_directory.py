@@ -10,7 +10,7 @@ from scgpt.errors import ConfigError
 from scgpt.files import json_bytes
 from tests.pretrain import runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 
 def add_key(out: Path, value: float) -> None:

@@ -140,7 +140,6 @@ def grown_corpus(folder: Path, corpus: Path) -> tuple[Path, GeneVocab, GeneVocab
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("stage", "ranks"), [(3, 2), (1, 1)])
 def test_a_grown_vocabulary_keeps_genes_by_name_and_draws_new_ones(run, release, corpus, tmp_path, stage, ranks):
     grown, old, new = grown_corpus(tmp_path / "grown", corpus)

@@ -24,7 +24,7 @@ from data_pipeline.ray_folder import TEMPORARY
 from scgpt.config import load_config
 from tests.data_pipeline.atlases import ROOT, build_here, bytes_of, differing, random_counts, write_h5ad
 
-pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.timeout(600)]   # a start of Ray is 14 s of CPU
+pytestmark = [pytest.mark.slow, pytest.mark.system]   # a start of Ray is 14 s of CPU
 
 BLOCK_VALUES = 4_000   # many tasks, so that there is time to meddle
 # The command line, with small blocks. KILL_AT=before:MODULE:CLASS:METHOD (or after:) is where the process kills itself.

@@ -8,7 +8,7 @@ import pytest
 
 from tests.pretrain import runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.system]
 ENDLESS = ("train.max_steps=100000", "train.save_every=15", "train.eval_every=15", "deepspeed.timeout_s=20")
 PLACES = ("step", "checkpoint", "validation") if runs.FULL else ("checkpoint",)
 GRACE_S = 30   # between SIGTERM and SIGKILL of DeepSpeed's launcher: a process that is stopped hears only the second

@@ -10,7 +10,7 @@ import pytest
 from scgpt.vocab import GeneVocab
 from tests.readme import blocks
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.system
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from launch import cli
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.system
 ROOT = Path(__file__).resolve().parents[2]
 # run.json (times) and report.* are what checksums leave out; the lock holds nothing.
 NOT_COVERED = {"run.json", "report.html", "report.json", ".lock"}

@@ -18,7 +18,7 @@ PORT = 6399
 N_SOURCES = 10
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.timeout(900),   # with two starts of Ray
+pytestmark = [pytest.mark.slow, pytest.mark.system,
               pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2 and network namespaces")]
 
 

@@ -16,7 +16,7 @@ from tests.system.hosts import FIRST, SECOND, Hosts, can_make_namespaces, two_ho
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 STEPS = ("train.max_steps=120", "model.dropout=0.1", "model.attention_dropout=0.1")
 
-pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.timeout(900),
+pytestmark = [pytest.mark.slow, pytest.mark.system,
               pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2 and network namespaces"),
               pytest.mark.skipif(SSHD is None or shutil.which("pdsh") is None, reason="needs pdsh and openssh-server")]
 

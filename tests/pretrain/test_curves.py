@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from data_pipeline.config import CorpusConfig
 from pretrain.config import TrainConfig
 from pretrain.corpus import Corpus
 from pretrain.data import Loader
@@ -19,6 +20,7 @@ from scgpt.config import load_config
 from scgpt.model.build import build_model
 from scgpt.rng import PURPOSE_WEIGHTS
 from scgpt.vocab import CLS, PAD
+from tests.data_pipeline.atlases import build_here
 from tests.pretrain import runs
 
 CELLS = 16
@@ -31,7 +33,9 @@ FEW = {1: [(0, 1), (3, 4)], 2: [(1, 4), (2, 1)], 4: [(0, 4), (3, 1)]}
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.make_corpus(tmp_path_factory.mktemp("curves") / "corpus", n_train=150)
+    out = tmp_path_factory.mktemp("curves") / "demo"
+    build_here(load_config(CorpusConfig, "demo", kind="corpus"), out)
+    return out
 
 
 def begin(config: TrainConfig) -> tuple[torch.nn.Module, Loader, int]:

@@ -1,4 +1,6 @@
-"""Settings of all tests: a test that hangs fails, none fails for its time on a busy machine."""
+"""Settings of all tests: a test that hangs fails, none fails for its time on a busy machine or for who started it."""
+import signal
+
 import pytest
 from hypothesis import settings
 
@@ -6,6 +8,10 @@ SLOW_S = 1200   # a start of a training takes 5 s on two idle cores, and was see
 
 settings.register_profile("untimed", settings(), deadline=None)   # else as Hypothesis has it here, or under CI
 settings.load_profile("untimed")
+
+# A script that starts tests with `&` has them ignore Ctrl-C, nohup a closed terminal: they send both, to children too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

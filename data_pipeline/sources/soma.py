@@ -171,7 +171,9 @@ def _config(location: Location) -> dict[str, str | float]:
     Its own client reads the environment and ~/.aws for credentials, but for neither the endpoint nor what fsspec was
     configured with: s3fs is asked for these.
     """
-    settings: dict[str, str | float] = {"soma.init_buffer_bytes": _BUFFER_BYTES, "sm.mem.total_budget": _TILE_BYTES}
+    settings: dict[str, str | float] = {
+        "soma.init_buffer_bytes": _BUFFER_BYTES, "sm.mem.total_budget": _TILE_BYTES,
+        "sm.enable_signal_handlers": "false"}   # they would call what was there before: SIG_IGN, in a job begun by `&`
     if location.scheme != "s3":
         return settings
     system = location.file_system()

@@ -51,6 +51,24 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
                       obs={"tissue": pd.Categorical(TISSUES), "is_primary_data": np.arange(60) % 2 == 0})
 
 
+_CTRL_C_IGNORED = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from data_pipeline.sources import open_source
+with open_source(sys.argv[1]) as source:
+    os.kill(os.getpid(), signal.SIGINT)
+    print(source.n_cells)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_that_is_ignored_ends_no_reading(experiment: Path) -> None:
+    """As in a job that a script started with `&`."""
+    done = subprocess.run([sys.executable, "-c", _CTRL_C_IGNORED, str(experiment)], check=False, capture_output=True,
+                          text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "60\n"), done.stderr
+
+
 def test_every_row_range_equals_the_matrix(experiment: Path) -> None:
     with open_source(experiment) as source:
         assert (source.kind, source.n_cells, source.n_genes, source.layer) == ("soma", 60, 40, "raw")

@@ -5,6 +5,8 @@ world size. Cells are sorted by tokens and dealt out like cards, to and fro: mic
 token counts differ by no more than the longest and the shortest cell do. Where each is to be of one domain, the cells
 of each domain are dealt by themselves.
 """
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,7 +30,8 @@ def micro_batches(lengths: NDArray[np.integer], micro_batch_size: int) -> list[N
     owner = np.empty(n_cells, np.int64)
     owner[longest_first] = np.where(deal % 2 == 0, card, n_micro - 1 - card)
     by_owner = np.argsort(owner, kind="stable")
-    return np.split(by_owner, np.cumsum(np.bincount(owner, minlength=n_micro))[:-1])
+    ends = np.cumsum(np.bincount(owner, minlength=n_micro)).tolist()
+    return [by_owner[first:end] for first, end in itertools.pairwise([0, *ends])]
 
 
 def one_domain_batches(lengths: NDArray[np.integer], domains: NDArray[np.integer],

@@ -45,13 +45,13 @@ class PackedBatch:
         """Batches of the first counts[0] cells, the next counts[1], ...; together all of them. Tokens are shared."""
         if len(counts) == 1:
             return [self]
-        lengths = np.diff(self.cu_seqlens)
-        return [self._part(slice(first, stop), int(lengths[first:stop].max(initial=0)))
+        lengths = np.diff(self.cu_seqlens).tolist()
+        return [self._part(slice(first, stop), max(lengths[first:stop], default=0))
                 for first, stop in itertools.pairwise(itertools.accumulate(counts, initial=0))]
 
     def _part(self, cells: slice, max_seqlen: int) -> "PackedBatch":
         boundaries = self.cu_seqlens[cells.start:cells.stop + 1]
-        tokens = slice(boundaries[0], boundaries[-1])
+        tokens = slice(int(boundaries[0]), int(boundaries[-1]))
         return PackedBatch(self.gene_ids[tokens], self.values[tokens], self.targets[tokens], self.target_mask[tokens],
                            boundaries - boundaries[0], max_seqlen, self.cell_ids[cells],
                            *(None if column is None else column[cells] for column in (

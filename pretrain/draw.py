@@ -54,12 +54,13 @@ class Pool:
 
     def draw(self, places: NDArray[np.int64]) -> Drawn:
         """The cells that come at places of the endless sequence of epochs; fastest where the places ascend."""
-        cycles, rest = np.divmod(places, self.ends[-1])
-        kinds = np.searchsorted(self.ends, rest, side="right") - 1
-        epochs, within = cycles * (len(self.ends) - 1) + kinds, rest - self.ends[kinds]
         if self.thinning is None:
+            epochs, within = np.divmod(places, self.n_cells)
             cells = permuted(within, epochs, self.n_cells, self.seed, self.blocks)
         else:
+            cycles, rest = np.divmod(places, self.ends[-1])
+            kinds = np.searchsorted(self.ends, rest, side="right") - 1
+            epochs, within = cycles * (len(self.ends) - 1) + kinds, rest - self.ends[kinds]
             cells = np.empty_like(places)
             for epoch in np.unique(epochs).tolist():
                 own = np.flatnonzero(epochs == epoch)

@@ -157,6 +157,8 @@ def _encrypt(index: Word, keys: NDArray[np.uint64], side_a: Word, side_b: Word) 
     """One pass over the grid: index = a * side_b + b."""
     a, b = np.uint64(index // side_b), np.uint64(index % side_b)
     for r in range(0, len(keys), 2):
-        a = np.uint64((a + bits(keys[r], b) % side_a) % side_a)
-        b = np.uint64((b + bits(keys[r + 1], a) % side_b) % side_b)
+        a += bits(keys[r], b) % side_a
+        a -= side_a if a >= side_a else np.uint64(0)   # modulo side_a, without a second division
+        b += bits(keys[r + 1], a) % side_b
+        b -= side_b if b >= side_b else np.uint64(0)
     return np.uint64(a * side_b + b)

@@ -42,18 +42,18 @@ class PackedBatch:
         return int(np.count_nonzero(self.target_mask))
 
     def split(self, counts: Sequence[int]) -> list["PackedBatch"]:
-        """Batches of the first counts[0] cells, the next counts[1], ...; together all of them. Tokens are shared."""
+        """Batches of the first counts[0] cells, the next counts[1], ..., each 1 or more; tokens are shared."""
         if len(counts) == 1:
             return [self]
-        lengths = np.diff(self.cu_seqlens).tolist()
-        return [self._part(slice(first, stop), max(lengths[first:stop], default=0))
-                for first, stop in itertools.pairwise(itertools.accumulate(counts, initial=0))]
+        ends = list(itertools.accumulate(counts, initial=0))
+        cuts = self.cu_seqlens[ends].tolist()
+        longest = np.maximum.reduceat(np.diff(self.cu_seqlens), ends[:-1]).tolist()
+        return [self._part(slice(*cells), slice(*tokens), longest_cell) for cells, tokens, longest_cell
+                in zip(itertools.pairwise(ends), itertools.pairwise(cuts), longest, strict=True)]
 
-    def _part(self, cells: slice, max_seqlen: int) -> "PackedBatch":
-        boundaries = self.cu_seqlens[cells.start:cells.stop + 1]
-        tokens = slice(int(boundaries[0]), int(boundaries[-1]))
+    def _part(self, cells: slice, tokens: slice, max_seqlen: int) -> "PackedBatch":
         return PackedBatch(self.gene_ids[tokens], self.values[tokens], self.targets[tokens], self.target_mask[tokens],
-                           boundaries - boundaries[0], max_seqlen, self.cell_ids[cells],
+                           self.cu_seqlens[cells.start:cells.stop + 1] - tokens.start, max_seqlen, self.cell_ids[cells],
                            *(None if column is None else column[cells] for column in (
                                self.perception_lengths, self.class_labels, self.batch_labels)))
 

@@ -127,7 +127,8 @@ def summary(found: dict[str, Any], *, log_every: int, save_every: int) -> dict[s
     median = statistics.median
     bare = median(found["bare_s"][number] for number in plain)
     wait = median(found["wait_s"][number] for number in plain)
-    added = median(found["loop_s"][number] - found["bare_s"][number] for number in plain)
+    pairs = [found["loop_s"][number] - found["bare_s"][number] for number in plain]
+    added, (lower, _, upper) = median(pairs), statistics.quantiles(pairs, n=4)
     parts = found["parts"]
     row, checkpoint = median(found["tell_s"]) / log_every, median(found["save_s"]) / save_every
     loop = median(found["loop_s"][number] for number in plain)
@@ -136,6 +137,7 @@ def summary(found: dict[str, Any], *, log_every: int, save_every: int) -> dict[s
             "all else": added - wait - parts["to_device_s"], "metrics": row, "checkpoint": checkpoint,
             "checkpoint itself": median(found["save_s"]), "row itself": median(found["tell_s"]),
             "overhead": (added + row + checkpoint) / bare, "overhead of the loop": added / bare,
+            "lower quartile": lower / bare, "upper quartile": upper / bare,
             "overhead of metrics": row / bare, "overhead of checkpoints": checkpoint / bare, "steps": len(plain)}
 
 
@@ -151,7 +153,8 @@ def page(told: dict[str, float], options: argparse.Namespace, tokens: float) -> 
             f"torch {torch.__version__}): {options.model}, steps of {options.cells} cells ({tokens:,.0f} tokens) in "
             f"two micro-batches, float32; medians of {told['steps']:.0f} pairs of steps in turns. The loop adds "
             f"**{told['overhead']:.2%}** to a bare forward, backward and update: {told['overhead of the loop']:.2%} in "
-            f"each step, {told['overhead of metrics']:.2%} for a row every {options.log_every} steps "
+            f"each step (half of the pairs: {told['lower quartile']:.2%} to {told['upper quartile']:.2%}), "
+            f"{told['overhead of metrics']:.2%} for a row every {options.log_every} steps "
             f"({1e3 * told['row itself']:,.1f} ms each), {told['overhead of checkpoints']:.2%} for a checkpoint every "
             f"{options.save_every} ({told['checkpoint itself']:,.2f} s each, durable and hashed).\n\n"
             "| part | ms a step | of a bare step |\n|---|---|---|\n" + "\n".join(lines) + "\n\n"

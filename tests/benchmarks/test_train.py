@@ -20,4 +20,5 @@ def test_the_benchmark_runs_and_its_parts_add_up():
     assert 0 < told["forward"] + told["backward"] + told["optimizer"] < told["loop"] * 1.5
     assert told["overhead"] == pytest.approx(sum(told[f"overhead of {part}"] for part in
                                                  ("the loop", "metrics", "checkpoints")))
+    assert told["lower quartile"] <= told["overhead of the loop"] <= told["upper quartile"]
     assert told["checkpoint itself"] > told["row itself"] > 0

@@ -33,7 +33,7 @@ from scgpt.collate.masking import hide
 from scgpt.collate.sampling import BLOCK, sample, take
 from scgpt.data import RaggedBatch, TokenDataset
 from scgpt.data.schema import CELL_ID
-from scgpt.rng import PURPOSE_BIN_TIES, PURPOSE_MASK, PURPOSE_SAMPLE, stream
+from scgpt.rng import PURPOSE_SAMPLE, PURPOSE_VALUE, fill, stream
 
 COPY_BYTES = 256 << 20
 
@@ -53,22 +53,28 @@ def _edges(keys, offsets, ordered, at, scratch):
 
 
 @njit(nogil=True)
-def _bins(expressions, keys, offsets, cell_ids, chosen, counts, scratch, bins, tokens):
+def _draws(cell_ids, chosen, tokens, words):
+    for cell in range(len(cell_ids)):
+        fill(stream(np.uint64(0), 0, cell_ids[cell], PURPOSE_VALUE), chosen[cell],
+             words[tokens[cell] + 1:tokens[cell + 1]])
+
+
+@njit(nogil=True)
+def _bins(expressions, keys, offsets, words, chosen, counts, scratch, bins, tokens):
     """With the edges of one cell for all: as much work as with their own."""
     for cell in range(len(offsets) - 1):
         begin, end = offsets[cell], offsets[cell + 1]
         find_bins(expressions[begin:end], keys[begin:end], chosen[cell], counts[cell],
                   fill_table(True, scratch), scratch)   # noqa: FBT003
-        draw_bins(scratch.spare, chosen[cell], stream(np.uint64(0), 0, cell_ids[cell], PURPOSE_BIN_TIES),
-                  True, bins[tokens[cell] + 1:tokens[cell + 1]])   # noqa: FBT003
+        span = slice(tokens[cell] + 1, tokens[cell + 1])
+        draw_bins(scratch.spare, words[span], True, bins[span])   # noqa: FBT003
 
 
 @njit(nogil=True)
-def _mask(cell_ids, targets, values, target_mask, tokens):
-    for cell in range(len(cell_ids)):
+def _mask(words, targets, values, target_mask, tokens):
+    for cell in range(len(tokens) - 1):
         span = slice(tokens[cell] + 1, tokens[cell + 1])
-        hide(stream(np.uint64(0), 0, cell_ids[cell], PURPOSE_MASK), 0.4, -1.0, targets[span], values[span],
-             target_mask[span])
+        hide(words[span], 0.4, -1.0, targets[span], values[span], target_mask[span])
 
 
 @njit(nogil=True)
@@ -87,13 +93,14 @@ def maths(config: CollateConfig, cells: RaggedBatch) -> dict[str, Callable[[], o
     chosen, counts = np.empty((n_cells, wanted + 1), np.int32), np.empty(n_cells, np.int64)
     tokens = np.concatenate([[0], np.cumsum(config.n_tokens(cells.lengths))])
     limits = np.empty(BLOCK, np.uint64)
-    gene_ids, bins, values, target_mask = (np.zeros(tokens[-1], kind) for kind in (np.int32, np.float32, np.float32,
-                                                                                     np.bool_))
+    gene_ids, words, bins, values, target_mask = (np.zeros(tokens[-1], kind) for kind in (
+        np.int32, np.uint64, np.float32, np.float32, np.bool_))
     return {   # in this order: each works on what those before it have left
         "sample": lambda: _sample(ids, cells.lengths, wanted, chosen, counts, limits),
         "edges of the bins": lambda: _edges(keys, cells.offsets, ordered, at, scratch),
-        "bins": lambda: _bins(cells.expressions, keys, cells.offsets, ids, chosen, counts, scratch, bins, tokens),
-        "mask": lambda: _mask(ids, bins, values, target_mask, tokens),
+        "draws": lambda: _draws(ids, chosen, tokens, words),
+        "bins": lambda: _bins(cells.expressions, keys, cells.offsets, words, chosen, counts, scratch, bins, tokens),
+        "mask": lambda: _mask(words, bins, values, target_mask, tokens),
         "pack": lambda: _pack(cells.genes, cells.offsets, chosen, tokens, gene_ids),
     }
 
@@ -139,8 +146,8 @@ def measure(corpus: Path, context: int, rounds: int) -> dict[str, Any]:
             "fetch_bytes": read, "batch_bytes": packed, "copy_bytes_per_s": copy_bytes_per_s()}
 
 
-STAGES = ("order", "locate, lengths", "deal out", "fetch", "sample", "edges of the bins", "bins", "mask", "pack",
-          "collate", "split", "to tensors", "load")
+STAGES = ("order", "locate, lengths", "deal out", "fetch", "sample", "edges of the bins", "draws", "bins", "mask",
+          "pack", "collate", "split", "to tensors", "load")
 
 
 def copy_bytes_per_s(rounds: int = 7) -> float:

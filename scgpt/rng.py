@@ -10,6 +10,7 @@ wrap a key in np.uint64 before handing it back.
 """
 import numpy as np
 from numba import njit, uint64
+from numpy.typing import NDArray
 
 Word = int | np.integer   # 64 bits, read as unsigned
 
@@ -19,10 +20,8 @@ _MIX_B = np.uint64(0x94D049BB133111EB)
 _S30, _S27, _S31, _S11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
 _TO_UNIT = 1.0 / (1 << 53)
 
-# Purposes: what a draw is for. A number never changes its meaning, and is never reused.
+# Purposes: what a draw is for. A number never changes its meaning, and is never reused (2 and 3 have been).
 PURPOSE_SAMPLE = np.uint64(1)      # which genes of a long cell stay
-PURPOSE_BIN_TIES = np.uint64(2)    # where a value that equals several edges lands
-PURPOSE_MASK = np.uint64(3)        # which positions are masked
 PURPOSE_MASK_RATIO = np.uint64(4)  # the mask ratio of a cell, where a list is given
 PURPOSE_ORDER = np.uint64(5)       # the permutation of an epoch
 PURPOSE_SHUFFLE = np.uint64(6)     # bucket and key of a cell when a corpus is shuffled
@@ -34,6 +33,7 @@ PURPOSE_MIXTURE = np.uint64(11)    # which corpus a place of a mixture falls to;
 PURPOSE_DEPTH = np.uint64(12)      # in which epochs a cell of few genes comes up
 PURPOSE_DOMAIN = np.uint64(13)     # seed of the order of groups of one domain, and of the order of each domain's cells
 PURPOSE_UNEXPRESSED = np.uint64(14)   # which genes without expression join a cell
+PURPOSE_VALUE = np.uint64(15)      # of a value: whether it is hidden; lower 32 bits: which of several bins it gets
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -58,6 +58,13 @@ def stream(seed: Word, epoch: Word, cell_id: Word, purpose: Word) -> np.uint64:
 def bits(key: Word, n: Word) -> np.uint64:
     """Number n of a stream: 64 uniform bits."""
     return mix(uint64(key) + (uint64(n) + uint64(1)) * GOLDEN)
+
+
+@njit(cache=True, nogil=True)
+def fill(key: Word, numbers: NDArray[np.integer], words: NDArray[np.uint64]) -> None:
+    """words[i] = number numbers[i] of a stream."""
+    for i in range(len(words)):
+        words[i] = bits(key, numbers[i])
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -13,17 +13,18 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import njit, uint64
 from numpy.typing import NDArray
 
 from scgpt.errors import DataError
-from scgpt.rng import PURPOSE_BIN_TIES, stream, uniform
+from scgpt.rng import PURPOSE_VALUE, fill, stream
 
 TABLE = 128   # integers below this, a power of two, are sorted by counting and binned by look-up
 COUNTERS = 8  # of each of them
 FEW = 32      # keys that are sorted by insertion
 DIGIT_BITS = 11
 _LAST_DIGIT = (1 << DIGIT_BITS) - 1
+_LOWER, _S32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 class Scratch(NamedTuple):
@@ -69,8 +70,9 @@ def bin_cell(expressions: NDArray[np.generic], n_bins: int, *, seed: int, epoch:
     fill_edges(keys, integers, as_values(scratch.sorted_keys, expressions.dtype), probabilities(n_bins), scratch)
     every = np.arange(n_values, dtype=np.int32)
     find_bins(expressions, keys, every, n_values, fill_table(integers, scratch), scratch)
-    key = np.uint64(stream(np.uint64(seed), epoch, np.uint64(cell_id), PURPOSE_BIN_TIES))
-    draw_bins(scratch.spare, every, key, tie_rule == "spread", bins)
+    words = np.empty(n_values, np.uint64)
+    fill(np.uint64(stream(np.uint64(seed), epoch, np.uint64(cell_id), PURPOSE_VALUE)), every, words)
+    draw_bins(scratch.spare, words, tie_rule == "spread", bins)
     return bins
 
 
@@ -271,14 +273,13 @@ def find_bins(expressions: NDArray[np.generic], keys: NDArray[np.unsignedinteger
 
 
 @njit(cache=True, nogil=True)
-def draw_bins(found: NDArray[np.uint32], chosen: NDArray[np.int32], key: np.uint64, spread: bool,  # noqa: FBT001
+def draw_bins(found: NDArray[np.uint32], words: NDArray[np.uint64], spread: bool,  # noqa: FBT001 compiled
               bins: NDArray[np.float32]) -> None:
-    """Write the bins to `bins`, (chosen,): the highest, or by draw i of stream `key` for value i of the cell.
+    """Write the bins to `bins`, (chosen,): the highest, or by the lower 32 bits of words[t] one of those of value t.
 
     `found`: see find_bins. On its own, with few arrays: compiles to vector operations.
     """
-    share = 1.0 if spread else 0.0
     for t in range(len(bins)):
-        low = np.int32(found[t])
-        drawn = np.int32(uniform(key, chosen[t]) * share * np.float64(np.int32(low >> np.int32(16))))
-        bins[t] = np.float32(np.int32(np.int32(low & np.int32(0xFFFF)) - drawn))
+        ties = uint64(found[t] >> np.uint32(16)) if spread else uint64(0)
+        drawn = ((words[t] & _LOWER) * ties) >> _S32   # below `ties`, biased by < 2**-32
+        bins[t] = np.float32(np.int32(found[t] & np.uint32(0xFFFF)) - np.int32(drawn))

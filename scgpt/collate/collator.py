@@ -32,7 +32,7 @@ from scgpt.collate.sampling import BLOCK, sample, take
 from scgpt.collate.unexpressed import add_unexpressed
 from scgpt.data.schema import CELL_ID, RaggedBatch
 from scgpt.errors import ConfigError, DataError
-from scgpt.rng import PURPOSE_BIN_TIES, PURPOSE_MASK, PURPOSE_SAMPLE, PURPOSE_SPLIT, stream
+from scgpt.rng import PURPOSE_SAMPLE, PURPOSE_SPLIT, PURPOSE_VALUE, fill, stream
 
 InputStyle = Literal["binned", "log1p", "raw"]
 TieRule = Literal["spread", "highest"]
@@ -175,7 +175,7 @@ def _compiled(sources: str) -> Callable[..., None]:
         """
         _ = sources
         chosen, moved = np.empty(recipe.n_wanted + 1, np.int32), np.empty(recipe.n_wanted + 1, np.int32)
-        limits = np.empty(BLOCK, np.uint64)
+        limits, words = np.empty(BLOCK, np.uint64), np.empty(recipe.n_wanted, np.uint64)
         for cell in range(len(cell_ids)):
             epoch, cell_id = epochs[cell], cell_ids[cell]
             begin, end, first, stop = offsets[cell], offsets[cell + 1], cu_seqlens[cell], cu_seqlens[cell + 1]
@@ -191,12 +191,13 @@ def _compiled(sources: str) -> Callable[..., None]:
                                limits)
                 perception_lengths[cell] = 1 + n_seen
             take(genes[begin:end], chosen, gene_ids[first + 1:stop])
+            of_values = words[:n_chosen]
+            fill(stream(recipe.seed, epoch, cell_id, PURPOSE_VALUE), chosen, of_values)
             if recipe.style == _BINNED and expressed[cell] > 0:
                 fill_edges(keys[begin:begin + expressed[cell]], recipe.integers, ordered, recipe.at, scratch)
                 table_end = fill_table(recipe.integers, scratch)
                 find_bins(of_cell, keys[begin:end], chosen, n_chosen, table_end, scratch)
-                draw_bins(scratch.spare, chosen, stream(recipe.seed, epoch, cell_id, PURPOSE_BIN_TIES), recipe.spread,
-                          bins)
+                draw_bins(scratch.spare, of_values, recipe.spread, bins)
             else:
                 for t in range(n_chosen):
                     value = np.float64(of_cell[chosen[t]])
@@ -206,8 +207,7 @@ def _compiled(sources: str) -> Callable[..., None]:
                     shown[t] = bins[t] if t < n_seen else recipe.mask_value
                     target_mask[first + 1 + t] = t >= n_seen
             else:
-                hide(stream(recipe.seed, epoch, cell_id, PURPOSE_MASK), ratio, recipe.mask_value, bins, shown,
-                     target_mask[first + 1:stop])
+                hide(of_values, ratio, recipe.mask_value, bins, shown, target_mask[first + 1:stop])
 
     return collate_cells
 

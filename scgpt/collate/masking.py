@@ -8,7 +8,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from scgpt.collate.sampling import sample
-from scgpt.rng import PURPOSE_MASK_RATIO, Word, below, stream, uniform
+from scgpt.rng import PURPOSE_MASK_RATIO, Word, below, stream
 
 
 @njit(cache=True, nogil=True)
@@ -20,14 +20,15 @@ def draw_ratio(seed: Word, epoch: Word, cell_id: Word, ratios: NDArray[np.float6
 
 
 @njit(cache=True, nogil=True)
-def hide(key: np.uint64, ratio: float, mask_value: float, targets: NDArray[np.float32], values: NDArray[np.float32],
-         target_mask: NDArray[np.bool_]) -> None:
+def hide(words: NDArray[np.uint64], ratio: float, mask_value: float, targets: NDArray[np.float32],
+         values: NDArray[np.float32], target_mask: NDArray[np.bool_]) -> None:
     """Show one cell's `targets` as `values`, both (genes,), each hidden independently with probability `ratio`.
 
-    `<cls>` is not passed. Draw t of stream `key` decides about position t: hidden where it is below `ratio`.
+    `<cls>` is not passed. Position t is hidden where words[t], 64 uniform bits, is below `ratio` x 2**64.
     """
+    limit = np.uint64(ratio * 2.0 ** 64)
     for t in range(len(values)):
-        hidden = uniform(key, t) < ratio
+        hidden = words[t] < limit
         target_mask[t] = hidden
         values[t] = mask_value if hidden else targets[t]
 

@@ -15,7 +15,7 @@ from scgpt.collate import CollateConfig, collate
 from scgpt.collate.binning import bin_cell
 from scgpt.data import RaggedBatch
 from scgpt.errors import ConfigError
-from scgpt.rng import PURPOSE_MASK, PURPOSE_MASK_RATIO, PURPOSE_SAMPLE, PURPOSE_SPLIT, below, bits, uniform
+from scgpt.rng import PURPOSE_MASK_RATIO, PURPOSE_SAMPLE, PURPOSE_SPLIT, PURPOSE_VALUE, below, bits
 from tests.scgpt.collate.cells import CLS_ID, key_of, random_cells
 
 CONFIG = CollateConfig(context_length=128)
@@ -39,8 +39,8 @@ def slow_cell(cells, cell, config, seed, epoch):
     which = below(key_of(seed, epoch, cell_id, PURPOSE_MASK_RATIO), 0, len(config.mask_ratio))
     ratio = config.mask_ratio[which]
     if config.task == "pcpt":
-        key = key_of(seed, epoch, cell_id, PURPOSE_MASK)
-        hidden = [uniform(key, t) < ratio for t in range(len(chosen))]
+        key = key_of(seed, epoch, cell_id, PURPOSE_VALUE)
+        hidden = [int(bits(key, i)) < int(ratio * (1 << 64)) for i in chosen]
     else:
         key, seen, generated = key_of(seed, epoch, cell_id, PURPOSE_SPLIT), [], []
         for i in range(len(chosen)):
@@ -97,6 +97,20 @@ def test_a_packed_batch_keeps_its_invariants(seed, n_cells, longest, context_len
         kept = batch.gene_ids[opens[cell] + 1:batch.cu_seqlens[cell + 1]]
         assert np.isin(kept, cells.genes[cells.offsets[cell]:cells.offsets[cell + 1]]).all()
         assert (np.diff(kept) > 0).all()
+
+
+def test_which_bin_a_tie_gets_has_no_part_in_whether_it_is_hidden():
+    """One word decides both: of 60,000 values that are all alike, bins and masks are independent."""
+    n_cells, n_values = 300, 200
+    cells = RaggedBatch(np.tile(np.arange(3, 3 + n_values, dtype=np.uint16), n_cells),
+                        np.full(n_cells * n_values, 7, np.uint16), np.arange(n_cells + 1) * n_values,
+                        {"cell_id": np.arange(n_cells, dtype=np.uint64)})
+    batch = collate(cells, CollateConfig(n_values + 1, n_bins=11), cls_id=CLS_ID, seed=0, epochs=0)
+    genes = np.flatnonzero(batch.gene_ids != CLS_ID)
+    table = np.zeros((10, 2))
+    np.add.at(table, (batch.targets[genes].astype(int) - 1, batch.target_mask[genes].astype(int)), 1)
+    expected = np.outer(np.full(10, 0.1), [0.6, 0.4]) * len(genes)
+    assert ((table - expected) ** 2 / expected).sum() < 43.8   # 19 degrees of freedom, p = 0.001
 
 
 def test_a_cell_does_not_depend_on_its_neighbours():

@@ -3,18 +3,32 @@ import pytest
 
 from scgpt.collate.masking import draw_ratio, hide, split
 from scgpt.collate.sampling import BLOCK
-from scgpt.rng import PURPOSE_MASK, PURPOSE_SPLIT, uniform
+from scgpt.rng import PURPOSE_SPLIT, PURPOSE_VALUE, fill
 from tests.scgpt.collate.cells import key_of
 
 
-def test_agrees_with_the_slow_twin():
-    values, target_mask = np.arange(1, 301, dtype=np.float32), np.empty(300, np.bool_)
-    key = key_of(0, 3, 77, PURPOSE_MASK)
-    shown = np.empty_like(values)
-    hide(key, 0.4, -1.0, values, shown, target_mask)
-    expected = np.array([uniform(key, t) < 0.4 for t in range(300)])
+def words_of(cell, n_genes):
+    words = np.empty(n_genes, np.uint64)
+    fill(key_of(0, 3, cell, PURPOSE_VALUE), np.arange(n_genes), words)
+    return words
+
+
+def test_what_is_below_the_ratio_is_hidden():
+    values, shown, target_mask = np.arange(1, 301, dtype=np.float32), np.empty(300, np.float32), np.empty(300, np.bool_)
+    words = words_of(77, 300)
+    hide(words, 0.4, -1.0, values, shown, target_mask)
+    expected = np.array([5 * word < 2 * (1 << 64) for word in words.tolist()])
     np.testing.assert_array_equal(target_mask, expected)
     np.testing.assert_array_equal(shown, np.where(expected, -1, values))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, np.nextafter(1, 0)])
+def test_the_limit_is_met_to_the_last_bit(ratio):
+    limit = int(ratio * (1 << 64))
+    words = np.array([limit - 1, limit, limit + 1] if limit else [0, 1, 1 << 63], np.uint64)
+    target_mask = np.empty(3, np.bool_)
+    hide(words, ratio, -1.0, np.ones(3, np.float32), np.empty(3, np.float32), target_mask)
+    assert target_mask.tolist() == [limit > 0, False, False]
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.15, 0.4, 0.999])
@@ -22,7 +36,7 @@ def test_positions_are_hidden_independently_with_the_ratio(ratio):
     n_cells, n_genes = 2_000, 100
     hidden = np.empty((n_cells, n_genes), np.bool_)
     for cell in range(n_cells):
-        hide(key_of(0, 0, cell, PURPOSE_MASK), ratio, -1.0, np.ones(n_genes, np.float32), np.empty(n_genes, np.float32),
+        hide(words_of(cell, n_genes), ratio, -1.0, np.ones(n_genes, np.float32), np.empty(n_genes, np.float32),
              hidden[cell])
     sigma = np.sqrt(ratio * (1 - ratio) / hidden.size)
     assert abs(hidden.mean() - ratio) <= 4 * sigma

@@ -1,5 +1,4 @@
 """A page in headless Chromium, driven over the DevTools protocol on a pipe: no port, no driver, no other package."""
-import base64
 import itertools
 import json
 import os
@@ -8,7 +7,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -58,11 +56,6 @@ class Page:
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
-
-    def screenshot(self, path: Path) -> None:
-        """The whole page as PNG."""
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
 
     def told(self, *methods: str) -> list[dict[str, Any]]:
         """Parameters of the events of these kinds since the page was opened."""

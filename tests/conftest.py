@@ -1,5 +1,6 @@
 """Settings of all tests: a test that hangs fails, none fails for its time on a busy machine or for who started it."""
 import signal
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -21,3 +22,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             given = item.get_closest_marker("timeout")
             if given is None or given.args[0] < SLOW_S:
                 item.add_marker(pytest.mark.timeout(SLOW_S), append=False)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 random cells to train on and 13 held out, for trainings that only read them."""
+    from tests.pretrain.runs import make_corpus  # it imports torch, which other tests do without
+
+    return make_corpus(tmp_path_factory.mktemp("cells") / "corpus")

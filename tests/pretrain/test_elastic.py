@@ -15,11 +15,6 @@ SETTINGS = (*runs.SETTINGS, "model.dropout=0", "schedule.kind=constant")
 STAGES, UNTIL, END = (0, 1, 2, 3), 2, 4
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.make_corpus(tmp_path_factory.mktemp("elastic") / "corpus")
-
-
 def run_cases(folder: Path, cases: list[dict[str, Any]], *, ranks: int) -> list[dict[str, Any]]:
     """Run the program; what each case found."""
     content = [case | {"out": str(folder / f"out-{ranks}-{number}.json")} for number, case in enumerate(cases)]

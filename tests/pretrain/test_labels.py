@@ -17,7 +17,7 @@ from tests.scgpt.data.cells import random_cells, write_corpus
 
 @pytest.fixture(scope="module")
 def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Donors d0, d1, d2 and nulls in both splits; a second corpus of other cells."""
+    """Donors d0, d1, d2 and nulls in both splits."""
     return runs.make_corpus(tmp_path_factory.mktemp("labels") / "corpus")
 
 

@@ -24,11 +24,6 @@ SETTINGS = (f"train.max_steps={STEPS}", "model.dropout=0.1", "model.attention_dr
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.make_corpus(tmp_path_factory.mktemp("loop") / "corpus")
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Number of ranks -> a run that nothing disturbed."""
     outs = {}

@@ -17,11 +17,6 @@ SETTINGS = ("train.max_steps=4", "train.save_every=2")
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.make_corpus(tmp_path_factory.mktemp("run_directory") / "corpus")
-
-
-@pytest.fixture(scope="module")
 def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run_directory") / "run"
     assert runs.train_here(corpus, out, *SETTINGS) == 0

@@ -22,11 +22,6 @@ STEPS = ("train.max_steps=40", "train.save_every=10", "train.log_every=1", "sche
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.make_corpus(tmp_path_factory.mktemp("full") / "corpus")
-
-
-@pytest.fixture(scope="module")
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     assert runs.train_here(corpus, out, *STEPS) == 0

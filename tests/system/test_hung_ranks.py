@@ -14,11 +14,6 @@ PLACES = ("step", "checkpoint", "validation") if runs.FULL else ("checkpoint",)
 GRACE_S = 30   # between SIGTERM and SIGKILL of DeepSpeed's launcher: a process that is stopped hears only the second
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.make_corpus(tmp_path_factory.mktemp("hung") / "corpus")
-
-
 def assert_ended(process: "subprocess.Popen[str]", out: Path, *, within_s: float) -> str:
     ranks = runs.rank_processes(out)
     _, errors = process.communicate(timeout=within_s)

@@ -71,11 +71,6 @@ class Cluster(Hosts):
         subprocess.run(["ip", "-n", self.names[host], "link", "set", "eth0", "down"], check=True)
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.make_corpus(tmp_path_factory.mktemp("hosts") / "corpus")
-
-
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     with two_hosts() as made:

@@ -4,13 +4,16 @@ Every key whose default has moved between releases, or differs between optimizer
 changes no number. Nothing in it is compiled at run time: torch's fused Adam stands in for DeepSpeed's own.
 """
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from pretrain.config import DeepSpeedConfig, TrainConfig, refuse_muon
+from pretrain.deepspeed_package import known_keys
 from pretrain.precision import resolve_precision
+from scgpt.config import did_you_mean
 from scgpt.errors import ConfigError
 
 _BUCKET_VALUES = 50_000_000   # values of a gradient or parameter message: 200 MB of float32
@@ -26,7 +29,8 @@ _OURS = {"train_batch_size": "batch.global_batch_size", "train_micro_batch_size_
 def deepspeed_json(config: TrainConfig, *, world_size: int, precision: str, on_cpu: bool) -> dict[str, Any]:
     """What `deepspeed.initialize` is given.
 
-    Raises ConfigError where the batch sizes do not fit, and where an override would change what a setting decides.
+    Raises ConfigError where the batch sizes do not fit, and where an override would change what a setting decides or
+    would be passed over.
     """
     optimizer = config.optimizer
     derived: dict[str, Any] = {
@@ -58,11 +62,20 @@ def deepspeed_json(config: TrainConfig, *, world_size: int, precision: str, on_c
         "disable_allgather": False, "disable_python_gc": False, "dataloader_drop_last": False,
     }
     merged = _merged(derived, config.deepspeed.overrides)
+    if merged.keys() > derived.keys():
+        _refuse_unknown(merged.keys() - derived.keys(), torch.device("cpu" if on_cpu else "cuda"))
     refuse_muon(_at(merged, "optimizer.type"))
     for keys, instead in _OURS.items():
         if _at(merged, keys) != _at(derived, keys):
             raise ConfigError(f"deepspeed.overrides changes '{keys}'", fix=f"set {instead} instead")
     return merged
+
+
+def _refuse_unknown(keys: Set[str], device: torch.device) -> None:
+    known = known_keys(device)
+    for key in sorted(keys - known):
+        raise ConfigError(f"DeepSpeed {version('deepspeed')} has no key '{key}' and would pass over it",
+                          where="deepspeed.overrides", fix=f"{did_you_mean(key, known)}mend or remove it")
 
 
 def _at(tree: Any, keys: str) -> Any:

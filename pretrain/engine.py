@@ -3,10 +3,7 @@
 On a CPU nothing is compiled at run time: DeepSpeed's shared-memory collectives and its own fused Adam are left out
 (48 s on a cold cache, a crash where there is no compiler).
 """
-import logging
 import math
-import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +14,7 @@ from torch import Tensor
 from pretrain.config import TrainConfig
 from pretrain.data import BatchTensors
 from pretrain.deepspeed_json import deepspeed_json
+from pretrain.deepspeed_package import quiet_deepspeed
 from pretrain.first_model import SEED_BITS, first_model, torch_seed
 from pretrain.objectives import LossSums, Objective
 from pretrain.precision import (
@@ -34,19 +32,6 @@ from scgpt.rng import PURPOSE_DROPOUT
 from scgpt.vocab import GeneVocab
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def quiet_deepspeed(device: torch.device) -> None:
-    """Import DeepSpeed without its banner, and on a CPU without anything that is compiled at run time."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    # Of the names by which DeepSpeed calls torch.
-    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Engine:

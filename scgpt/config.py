@@ -202,8 +202,8 @@ def _find(config: str | Path, kind: str) -> Path:
     shipped = shipped_configs(kind)
     if str(config) in shipped:
         return shipped[str(config)]
-    raise ConfigError(f"there is no {kind} configuration '{config}'{_nearest(str(config), shipped)}",
-                      fix=f"give a YAML file or one of: {', '.join(shipped)}")
+    raise ConfigError(f"there is no {kind} configuration '{config}'",
+                      fix=f"{did_you_mean(str(config), shipped)}give a YAML file or one of: {', '.join(shipped)}")
 
 
 def _read(path: Path, tree: _Tree, seen: tuple[Path, ...]) -> None:
@@ -298,8 +298,7 @@ def _explain(cls: type[Config], error: ValidationError,
     if fault["type"] == "extra_forbidden":
         names = _field_names(cls, location[:-1])
         return ConfigError(f"unknown key '{dotted}'", where=where,
-                           fix=f"{_nearest(str(location[-1]), names).lstrip(', ') or 'remove it.'} "
-                               f"Allowed: {', '.join(names)}.")
+                           fix=f"{did_you_mean(str(location[-1]), names) or 'remove it. '}Allowed: {', '.join(names)}.")
     if fault["type"] == "missing":
         below = [f"{dotted}.{name}" for name in _field_names(cls, location, required=True, within_lists=False)]
         return ConfigError(f"the key '{' and '.join(below) or dotted}' is missing", where=where,
@@ -325,9 +324,10 @@ def _dotted(location: Location) -> str:
     return ".".join(map(str, location))
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The nearest of `names` as the beginning of a remedy, `did you mean 'x'? `; nothing where none is near."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return f", did you mean '{close[0]}'?" if close else ""
+    return f"did you mean '{close[0]}'? " if close else ""
 
 
 def _field_names(cls: type[Config], location: Location, *, required: bool = False,

@@ -18,7 +18,8 @@ from pretrain.checkpoint import RunState, newest_valid
 from pretrain.config import TrainConfig
 from pretrain.corpus import Corpus
 from pretrain.data import Loader, to_tensors
-from pretrain.engine import Engine, quiet_deepspeed
+from pretrain.deepspeed_package import quiet_deepspeed
+from pretrain.engine import Engine
 from pretrain.fragments import digests, loss_scale
 from pretrain.schedule import learning_rate
 from pretrain.world import World, join_world

@@ -12,7 +12,8 @@ from typing import Any
 
 from pretrain.config import TrainConfig
 from pretrain.corpus import Corpus
-from pretrain.engine import Engine, quiet_deepspeed
+from pretrain.deepspeed_package import quiet_deepspeed
+from pretrain.engine import Engine
 from pretrain.world import join_world
 from scgpt.config import load_config
 from scgpt.process import end_process

@@ -17,7 +17,8 @@ import torch._dynamo.utils
 from pretrain.config import TrainConfig
 from pretrain.corpus import Corpus
 from pretrain.data import Loader, to_tensors
-from pretrain.engine import Engine, quiet_deepspeed
+from pretrain.deepspeed_package import quiet_deepspeed
+from pretrain.engine import Engine
 from pretrain.schedule import learning_rate
 from pretrain.world import World, join_world
 from scgpt.config import load_config

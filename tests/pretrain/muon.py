@@ -11,7 +11,7 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"   # its orthogonalisation would be compi
 
 import torch
 
-from pretrain.engine import quiet_deepspeed
+from pretrain.deepspeed_package import quiet_deepspeed
 from pretrain.world import join_world
 from scgpt.process import end_process
 

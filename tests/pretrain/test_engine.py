@@ -14,6 +14,7 @@ import torch
 from pretrain.config import TrainConfig
 from pretrain.corpus import Corpus
 from pretrain.deepspeed_json import deepspeed_json
+from pretrain.deepspeed_package import known_keys
 from pretrain.first_model import switch, torch_seed
 from pretrain.precision import resolve_precision
 from scgpt.config import load_config, shipped_configs
@@ -26,11 +27,6 @@ STEPS = 3
 # A large eps keeps Adam from turning rounding noise of vanishing gradients into whole steps.
 GATE = (f"train.max_steps={STEPS}", "schedule.warmup_steps=2", "optimizer.lr=0.02", "optimizer.eps=1e-2",
         "optimizer.weight_decay=0.1", "optimizer.grad_clip=5.0", "data.valid_split=null")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.make_corpus(tmp_path_factory.mktemp("engine") / "corpus")
 
 
 def config_of(corpus: Path, *settings: str) -> TrainConfig:
@@ -256,12 +252,13 @@ def test_sizes_that_do_not_fit_the_ranks_are_refused_with_one_that_does(corpus):
         deepspeed_json(config_of(corpus), world_size=3, precision="fp32", on_cpu=True)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")   # of torch itself, when DeepSpeed imports it
 def test_overrides_reach_any_key_but_what_a_setting_decides(corpus):
-    config = config_of(corpus, "deepspeed.overrides={zero_optimization: {overlap_comm: true}, new_key: 1}")
+    config = config_of(corpus, "deepspeed.overrides={zero_optimization: {overlap_comm: true}, vocabulary_size: 64}")
     derived = deepspeed_json(config, world_size=1, precision="fp32", on_cpu=True)
     assert derived["zero_optimization"]["overlap_comm"] is True
     assert derived["zero_optimization"]["stage"] == 2
-    assert derived["new_key"] == 1
+    assert derived["vocabulary_size"] == 64
     for overrides, says in (("train_batch_size: 9", "'train_batch_size'; set batch.global_batch_size instead"),
                             ("zero_optimization: {stage: 3}", "'zero_optimization.stage'; set deepspeed.zero_stage"),
                             ("bf16: {enabled: true}", "'bf16.enabled'; set train.precision instead"),
@@ -276,6 +273,36 @@ def test_overrides_reach_any_key_but_what_a_setting_decides(corpus):
             deepspeed_json(config_of(corpus, f"deepspeed.overrides={{{overrides}}}"), world_size=1, precision="fp32",
                            on_cpu=True)
         assert says in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(("key", "says"), [
+    ("gradient_cliping", "did you mean 'gradient_clipping'? mend or remove it"),
+    ("zero_optimisation", "did you mean 'zero_optimization'?"),
+    ("moon_phase", "(deepspeed.overrides); mend or remove it")])
+def test_a_key_that_deepspeed_would_pass_over_is_refused(corpus, key, says):
+    with pytest.raises(ConfigError) as caught:
+        deepspeed_json(config_of(corpus, f"deepspeed.overrides={{{key}: 1}}"), world_size=1, precision="fp32",
+                       on_cpu=True)
+    assert f"has no key '{key}' and would pass over it" in str(caught.value)
+    assert says in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_no_key_of_deepspeeds_documentation_is_refused(corpus):
+    """Those of its page on the JSON, the removed ones too: DeepSpeed has a sentence for each."""
+    documented = {
+        "activation_checkpointing", "aio", "amp", "autotuning", "bf16", "bfloat16", "checkpoint", "comet",
+        "comms_logger", "communication_data_type", "compile", "compression_training", "csv_monitor",
+        "curriculum_learning", "data_efficiency", "data_types", "dump_state", "elasticity", "flops_profiler", "fp16",
+        "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor", "hybrid_engine", "nebula",
+        "optimizer", "pipeline", "prescale_gradients", "scheduler", "seq_parallel_communication_data_type",
+        "sequence_parallel_size", "data_parallel_size", "sparse_attention", "sparse_gradients", "steps_per_print",
+        "tensor_parallel", "tensorboard", "timers", "torch_autocast", "train_batch_size",
+        "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb", "weight_quantization",
+        "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization"}
+    written = deepspeed_json(config_of(corpus), world_size=1, precision="fp32", on_cpu=True)
+    assert known_keys(torch.device("cpu")) >= documented | written.keys()
 
 
 def test_what_is_offloaded_stands_in_the_json_and_is_updated_by_torchs_adam(corpus):

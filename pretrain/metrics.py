@@ -98,7 +98,8 @@ class RunLog:
             return
         self._metrics, self._events = JsonLines(run / METRICS), JsonLines(run / EVENTS)
         self._progress = progress(total_steps)
-        self._tracker = Tracker(run, config, lambda text: self.event("tracking_failed", text))
+        self._tracker = Tracker(run, config, failed=lambda text: self.event("tracking_failed", text),
+                                copied=lambda text: self.event("tracked_apart", text))
 
     def row(self, row: dict[str, Any]) -> None:
         """One logging step or one validation."""

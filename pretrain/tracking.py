@@ -1,6 +1,6 @@
 """Weights & Biases: the rows of a run in its dashboard, kept below RUN/wandb, all starts of a run under one id.
 
-A tracker may fail: that is told once, and the run goes on.
+A tracker may fail: that is told once, and the run goes on. A copy of a run directory is another run.
 """
 import logging
 import os
@@ -16,7 +16,7 @@ from pretrain.config import TrainConfig
 from scgpt.files import remove, write_bytes
 
 _DIRS = ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
-RUN_ID = "run-id.txt"
+WANDB, RUN_ID = "wandb", "run-id.txt"
 
 
 class Tracker:
@@ -26,10 +26,12 @@ class Tracker:
         run: the run directory.
         config: of the run.
         failed: is told in one sentence what went wrong.
+        copied: is told in one sentence that this run is a copy, and tracked apart from the other.
     """
 
-    def __init__(self, run: Path, config: TrainConfig, failed: Callable[[str], None]) -> None:
-        self._failed = failed
+    def __init__(self, run: Path, config: TrainConfig, *, failed: Callable[[str], None],
+                 copied: Callable[[str], None]) -> None:
+        self._failed, self._copied = failed, copied
         self._run = None
         try:
             self._run = self._start(run, config)
@@ -62,7 +64,7 @@ class Tracker:
     def _start(self, run: Path, config: TrainConfig) -> Any:
         if config.tracking.wandb == "disabled":
             return None
-        folder = (run / "wandb").resolve()
+        folder = (run / WANDB).resolve()
         folder.mkdir(exist_ok=True)
         for name in _DIRS:
             os.environ.setdefault(name, str(folder if name != "WANDB_DIR" else run.resolve()))
@@ -72,7 +74,7 @@ class Tracker:
         for left in folder.glob("tmp*wandb-*"):   # of a start that was killed
             remove(left)
         with _temporary_files_in(folder):
-            return self._init(run, config, run_id(folder))
+            return self._init(run, config, run_id(run, self._copied))
 
     def _init(self, run: Path, config: TrainConfig, identity: str) -> Any:
         try:
@@ -97,14 +99,39 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else repr(error)
 
 
-def run_id(folder: Path) -> str:
-    """The id under which every start of this run is tracked: made once, and anew where the file is damaged."""
-    path = folder / RUN_ID
-    found = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+def run_id(run: Path, copied: Callable[[str], None]) -> str:
+    """The id under which every start of this run is tracked; RUN/wandb/run-id.txt holds it and the run directory.
+
+    It is made once, and anew where that file is damaged or the run is a copy of one that is still there: both would
+    write to one W&B run. A run that was moved keeps it. `copied` is told.
+    """
+    path, here = run / WANDB / RUN_ID, str(run.resolve())
+    found, place = _read_id(path)
     if not re.fullmatch(r"[0-9A-Za-z_-]+", found):
-        found = secrets.token_hex(4)
-        write_bytes(path, f"{found}\n".encode())
+        found, place = secrets.token_hex(4), ""
+    elif place != here and _is_still_in(Path(place), found, run):
+        before, found = found, secrets.token_hex(4)
+        copied(f"this run is a copy of {place}, which is tracked as {before}: from here on it is tracked as {found}")
+    if place != here:
+        write_bytes(path, os.fsencode(f"{found}\n{here}\n"))
     return found
+
+
+def _read_id(path: Path) -> tuple[str, str]:
+    """The id and the run directory in a file; empty where it does not say (earlier versions wrote the id alone)."""
+    lines = os.fsdecode(path.read_bytes()).splitlines() if path.exists() else []
+    found, place, *_ = (*lines, "", "")
+    return found.strip(), place
+
+
+def _is_still_in(place: Path, identity: str, run: Path) -> bool:
+    """Whether the run directory `place` holds the id, and is another one than `run`; one of somebody else's may be."""
+    try:
+        return _read_id(place / WANDB / RUN_ID)[0] == identity and not place.samefile(run)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):   # not a path at all, or of a file system that is gone
+        return False
 
 
 @contextmanager

@@ -42,6 +42,7 @@ def import_published(folder: Path, out: Path) -> dict[str, Any]:
     for token in added:
         vocab.append_token(token)
     cut = _cut_padding(state, vocab, where=str(weights))
+    _check_sizes(state, args, where=str(weights))
     config = ModelConfig.from_args(found_in(state) | {key: value for key, value in args.items() if value is not None})
     load_state(build_model(config, vocab, device="meta"), state, where=str(weights), ignore=_UNUSED)
     facts = {"format": FORMAT, "format_version": FORMAT_VERSION, "name": config.name,
@@ -70,6 +71,18 @@ def _cut_padding(state: dict[str, Tensor], vocab: GeneVocab, *, where: str) -> i
                               fix="take vocab.json and the weights from the same model")
     state[EMBEDDING] = state[EMBEDDING][:len(vocab)]
     return n_rows - len(vocab)
+
+
+def _check_sizes(state: Mapping[str, Tensor], args: Mapping[str, Any], *, where: str) -> None:
+    """Hold args.json against the tensors: a size that is another one there is told, not each tensor that lacks it."""
+    widths = state.get("transformer_encoder.layers.0.linear1.weight", ())
+    sizes = {"nlayers": len({name.split(".")[2] for name in state if name.startswith("transformer_encoder.layers.")}),
+             "embsize": state[EMBEDDING].shape[1], "d_hid": len(widths)}
+    others = [f"{key} is {args[key]} there and {size} in the weights" for key, size in sizes.items()
+              if size and args.get(key, size) != size]
+    if others:
+        raise CheckpointError(f"args.json does not describe the weights: {', '.join(others)}", where=where,
+                              fix="take args.json and the weights from the same model")
 
 
 def found_in(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 `model.init_from` names its folder. Tensors are taken by name, embeddings by the gene, so the vocabulary may have grown,
 shrunk or moved; what the source does not have begins as a fresh model's. Nothing of that happens in silence: what is
 not taken, what is drawn, and which settings differ is told in events.jsonl and in the model card, and a model that the
-weights do not fit is refused with the whole list. Every rank fills what its optimizer holds from the mapped files, so
-memory does not grow with the model, in ZeRO 3 too.
+weights do not fit is refused with the settings that differ or, where none does, the tensors. Every rank fills what its
+optimizer holds from the mapped files, so memory does not grow with the model, in ZeRO 3 too.
 """
 import itertools
 import json
@@ -115,7 +115,7 @@ def _of_release(folder: Path) -> Source:
 def begin_from(path: Path, engine: Engine, model: ModelConfig, vocab: GeneVocab, world: World) -> dict[str, Any]:
     """Give the engine the weights in `path`; the optimizer stays fresh. All ranks call it. What was done, as JSON.
 
-    Raises CheckpointError where there are no such weights, ConfigError with a list of what does not fit the model.
+    Raises CheckpointError where there are no such weights, ConfigError with what does not fit the model.
     """
     source = open_source(path, world)
     tensors = engine.deepspeed.module.state_dict(keep_vars=True)
@@ -140,10 +140,16 @@ def _settings(source: ModelConfig, model: ModelConfig) -> dict[str, list[Any]]:
 
 def _fitting(source: Source, model: ModelConfig, shapes: Mapping[str, torch.Size], theirs: Mapping[str, str], *,
              where: str) -> list[str]:
-    """The tensors that must be drawn; ConfigError with everything that does not fit."""
-    faults = [f"model.{key} is {there} there and {here} here" for key, (there, here)
-              in _settings(source.model, model).items() if key in _MUST_AGREE]
-    drawn = []
+    """The tensors that must be drawn; ConfigError with the settings, or else the tensors, that do not fit."""
+    others = {key: found for key, found in _settings(source.model, model).items() if key in _MUST_AGREE}
+    if others:   # every tensor that does not fit would follow from them
+        kind = source.facts["kind"]
+        raise ConfigError("the weights of model.init_from do not fit the model: "
+                          + ", ".join(f"{key} is {there} in the {kind} and {here} in the model"
+                                      for key, (there, here) in others.items()), where=where,
+                          fix=f"set {' '.join(f'model.{key}={there}' for key, (there, _) in others.items())}, or leave "
+                              "out model.init_from")
+    drawn, faults = [], []
     for name, shape in shapes.items():
         found = source.shapes[theirs[name]] if name in theirs else None
         expected = torch.Size([len(source.vocab), shape[1]]) if name == EMBEDDING else shape

@@ -18,6 +18,7 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Seconds = Annotated[float, Field(gt=0.0, le=1e8)]  # of a wait: up to three years
 Size = Annotated[int, Field(gt=0, lt=1 << 31)]     # of what is held in memory or counted by 32-bit integers
+NonNegativeSize = Annotated[int, Field(ge=0, lt=1 << 31)]
 Count = Annotated[int, Field(gt=0, lt=1 << 63)]    # of steps and tokens
 
 
@@ -68,11 +69,11 @@ class ObjectiveConfig(Config):
     mvc: bool = True                       # also predict hidden genes from the cell embedding
     cell_prompt_after: NonNegativeInt = 1000   # task `both`: steps before generation is prompted by the cell too
     weights: LossWeights = LossWeights()
-    n_bins: Annotated[int, Field(ge=3)] = 51   # bins, that of zero included
-    context_length: Annotated[int, Field(ge=2)] = 1200   # tokens a cell at most, `<cls>` included
+    n_bins: Annotated[int, Field(ge=3, le=1 << 15)] = 51   # bins, that of zero included
+    context_length: Annotated[int, Field(ge=2, lt=1 << 31)] = 1200   # tokens a cell at most, `<cls>` included
     input_style: Literal["binned", "log1p", "raw"] = "binned"
     tie_rule: Literal["spread", "highest"] = "spread"   # a value on several edges: any of their bins, or the highest
-    unexpressed_genes: NonNegativeInt = 0  # genes of value 0 that join a cell before it is sampled to the context
+    unexpressed_genes: NonNegativeSize = 0   # genes of value 0 that join a cell before it is sampled to the context
 
     def collate_config(self) -> CollateConfig:
         """How cells become batches."""

@@ -27,6 +27,9 @@ from yaml.reader import ReaderError
 
 from scgpt.errors import ConfigError
 
+if typing.TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 Location = tuple[str | int, ...]
 C = TypeVar("C", bound="Config")
 
@@ -292,7 +295,7 @@ def _position(error: yaml.YAMLError) -> str:
 
 def _explain(cls: type[Config], error: ValidationError,
              origin: "typing.Callable[[Location], str | None]") -> ConfigError:
-    fault = error.errors()[0]
+    fault = _meant(error.errors())
     location: Location = tuple(part for part in fault["loc"] if not _is_union_tag(part))
     dotted, where = _dotted(location), origin(location)
     if fault["type"] == "extra_forbidden":
@@ -308,9 +311,24 @@ def _explain(cls: type[Config], error: ValidationError,
         return ConfigError(cause.what, where=cause.where or where, fix=cause.fix)
     wanted = fault["type"] in {"list_type", "tuple_type"}
     message = "a list is wanted, in brackets" if wanted else str(cause) if cause is not None else fault["msg"]
+    if fault["type"] == "model_type":
+        message = f"keys are wanted: {', '.join(_field_names(cls, location))}"
     named = dotted and not isinstance(fault["input"], Mapping)
     shown = f"'{dotted}'" + (f" = {_without_secrets(repr(fault['input'])):.200}" if named else "")
     return ConfigError(f"wrong value of {shown}: {message[:1].lower()}{message[1:]}", where=where, fix="mend the value")
+
+
+def _meant(faults: "Sequence[ErrorDetails]") -> "ErrorDetails":
+    """The first fault; where branches of a union tell one each, that of the branch that was meant.
+
+    Its fault is another than that of the value's type, or lies further inside.
+    """
+    first = faults[0]["loc"]
+    tag = next((place for place, part in enumerate(first) if _is_union_tag(part)), None)
+    if tag is None:
+        return faults[0]
+    return max((fault for fault in faults if fault["loc"][:tag] == first[:tag]),
+               key=lambda fault: (not fault["type"].endswith("_type"), len(fault["loc"])))
 
 
 def _is_union_tag(part: str | int) -> bool:

@@ -45,8 +45,16 @@ def test_the_base_recipe_has_the_published_numbers():
     ("optimizer.name=Muon", "Muon is not offered: DeepSpeed clips its update in ZeRO 1 to 3 only"),
     ("optimizer.name=sgd", "optimizer.name"),
     ("data.valid_split=train", "what the run trains on"),
-    *((f"{key}=100000000000000000000", key) for key in ("batch.global_batch_size", "data.block_cells",
-                                                        "data.full_genes", "deepspeed.timeout_s", "train.max_steps")),
+    ("objective.mask_ratio=[]", "at least 1 item"),
+    ("objective.mask_ratio=[0.2, 1.5]", "'objective.mask_ratio.1' = 1.5: input should be less than 1"),
+    ("data.corpus=[]", "at least 1 item"),
+    ("data.corpus=[a, b]", "'data.corpus.0' = 'a': keys are wanted: path, weight"),
+    ("data.corpus=[{path: a}, {path: b, weight: -1}]", "'data.corpus.1.weight' = -1: input should be greater than 0"),
+    ("data.corpus=[{path: a, wight: 2}]", "did you mean 'weight'"),
+    ("data.corpus=[{weight: 2}]", "the key 'data.corpus.0.path' is missing"),
+    *((f"{key}=100000000000000000000", f"'{key}'") for key in (
+        "batch.global_batch_size", "data.block_cells", "data.full_genes", "deepspeed.timeout_s", "train.max_steps",
+        "objective.context_length", "objective.unexpressed_genes", "objective.n_bins")),
 ])
 def test_a_wrong_setting_is_named(setting, says):
     with pytest.raises(ConfigError) as caught:

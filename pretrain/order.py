@@ -45,13 +45,16 @@ def shares(weights: Sequence[float]) -> NDArray[np.int64]:
     Raises DataError for a weight that is not above 0, or too small to get a place.
     """
     given = np.asarray(weights, np.float64)
-    if not (np.isfinite(given).all() and (given > 0).all()):
-        raise DataError(f"the weights {list(weights)} of a mixture are not all above 0", fix="give positive weights")
-    wanted = given / given.sum() * PERIOD
+    with np.errstate(over="ignore"):
+        total = given.sum()
+    if not (np.isfinite(total) and (given > 0).all()):
+        raise DataError(f"the weights {list(weights)} of a mixture are not all above 0 and finite, or their sum is not",
+                        fix="give positive weights of usual size")
+    wanted = given / total * PERIOD
     counts: NDArray[np.int64] = np.floor(wanted).astype(np.int64)
     counts[np.argsort(counts - wanted, kind="stable")[:PERIOD - counts.sum()]] += 1
     if not counts.all():
-        raise DataError(f"corpus {int(counts.argmin())} of a mixture has less than 1/{PERIOD} of the weight",
+        raise DataError(f"corpus {int(counts.argmin())} (from 0) of a mixture has less than 1/{PERIOD} of the weight",
                         fix="raise its weight, or leave it out")
     return counts
 

@@ -14,6 +14,8 @@ from pretrain.data import Loader
 from scgpt.collate import PackedBatch
 from scgpt.errors import ConfigError
 
+_MOST_CELLS = 1 << 62   # that a run can draw: places are int64, and the search for an epoch goes up to twice as far
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class PeekedCell:
@@ -46,9 +48,10 @@ def peek(config: TrainConfig, step: int, *, world_size: int = 1) -> Peek:
 
     Raises ConfigError where the batch does not fit the ranks, DataError where the corpus cannot be read.
     """
-    if world_size < 1 or step < 0:
+    last = _MOST_CELLS // config.batch.global_batch_size - 1
+    if world_size < 1 or not 0 <= step <= last:
         raise ConfigError(f"there is no step {step} of {world_size} ranks", where="command line",
-                          fix="give --step from 0 and --world-size from 1")
+                          fix=f"give --step from 0 to {last} and --world-size from 1")
     config.batch.accumulation(world_size)
     corpus = Corpus.open(config)
     cells = tuple(sorted(cell for rank in range(world_size)

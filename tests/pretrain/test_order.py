@@ -132,7 +132,8 @@ def test_shares_are_the_weights_to_one_place(weights):
         assert (np.abs(counts - wanted) <= 1).all()
 
 
-@pytest.mark.parametrize("weights", [[1, 0], [1, -1], [1, float("nan")], [1, 1e-9], [float("inf"), 1]])
+@pytest.mark.parametrize("weights", [[1, 0], [1, -1], [1, float("nan")], [1, 1e-9], [float("inf"), 1],
+                                     [1e308, 1e308]])
 def test_weights_that_deal_nothing_are_refused(weights):
     with pytest.raises(DataError, match="mixture"):
         shares(weights)

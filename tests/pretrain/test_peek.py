@@ -83,7 +83,15 @@ def test_a_cell_is_what_the_loader_hands_to_the_model(corpus):
 
 
 @pytest.mark.parametrize(("step", "world_size", "says"), [(-1, 1, "no step -1"), (0, 0, "0 ranks"),
-                                                          (0, 3, "no multiple")])
+                                                          (0, 3, "no multiple"), (10**30, 1, "give --step from 0 to"),
+                                                          ((1 << 59), 1, "give --step from 0 to")])
 def test_what_is_no_step_of_a_run_is_refused(corpus, step, world_size, says):
     with pytest.raises(ConfigError, match=says):
         peek(config_of(corpus), step, world_size=world_size)
+
+
+@pytest.mark.parametrize("settings", [(), (THIN,), BLOCKS, DOMAINS, (*DOMAINS, THIN, *BLOCKS)],
+                         ids=lambda settings: " ".join(settings))
+def test_the_last_step_that_can_be_shown_is_shown(domains_corpus, settings):
+    shown = peek(config_of(domains_corpus, "model.n_batch_labels=2", *settings), (1 << 59) - 1)   # 8 cells a step
+    assert len(shown.cells) == 8

@@ -48,6 +48,10 @@ class Corpus:
                 raise ConfigError("the corpus has no cell to train on", where=part.path,
                                   fix="give another corpus, or build it with other filters and splits")
         name = config.data.valid_split
+        for dataset in train if name is not None else ():
+            if name not in dataset.manifest.splits:
+                raise ConfigError(f"the corpus has no split '{name}' to validate on", where=str(dataset.path),
+                                  fix="set data.valid_split to one of its other splits, or to null: no validation")
         valid = [TokenDataset.open(part.path, name) for part in parts] if name is not None else []
         valid = [dataset for dataset in valid if len(dataset)]
         if config.train.patience is not None and not valid:

@@ -85,11 +85,13 @@ class TokenDataset:
 
         Raises IndexError for an index outside the split, DataError where a shard holds what is no gene.
         """
-        cells = self.shards.fetch(self._checked(indices))
+        wanted = self._checked(indices)
+        cells = self.shards.fetch(wanted)
         n_tokens = self.manifest.vocab.tokens
         if cells.genes.max(initial=0) >= n_tokens:
-            raise DataError(f"a shard holds gene ids beyond the vocabulary of {n_tokens} tokens",
-                            where=self.files.where(), fix="find the damaged file with: scgpt data verify")
+            cell = wanted[np.searchsorted(cells.offsets, cells.genes.argmax(), side="right") - 1]
+            raise DataError(f"cell {cell} of split '{self.split}' holds a gene id beyond the vocabulary of {n_tokens} "
+                            "tokens", where=self.files.where(), fix="find the damaged file with: scgpt data verify")
         return cells
 
     def lengths_of(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -122,7 +124,7 @@ class TokenDataset:
         """
         if column not in ("source", *self.manifest.columns):
             raise DataError(f"the corpus keeps no column '{column}'", where=self.files.where(),
-                            fix=f"choose one of: {', '.join(self.manifest.columns)}")
+                            fix=f"choose one of: {', '.join(('source', *self.manifest.columns))}")
         values = self.obs([column]).column(0).cast(pa.string()).combine_chunks()
         categories = sorted(pc.unique(values.drop_null()).to_pylist())
         codes = pc.index_in(values, pa.array(categories, pa.string())).fill_null(-1)

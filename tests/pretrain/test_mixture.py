@@ -131,3 +131,11 @@ def test_values_have_the_type_of_all_corpora_whichever_cells_are_asked_for(mixtu
     whole = mixture.parts[0].fetch(np.array([3])).expressions
     assert whole.dtype == np.uint16
     np.testing.assert_array_equal(mixture.fetch(np.array([3])).expressions, whole)
+
+
+def test_a_corpus_without_the_split_to_validate_on_is_told_what_to_set(folders, tmp_path):
+    write_corpus(tmp_path, {"train": [random_cells([3, 4])]})
+    for corpus in (tmp_path, f"[{{path: {folders[0]}}}, {{path: {tmp_path}}}]"):
+        config = load_config(TrainConfig, "demo", [f"data.corpus={corpus}", *runs.SETTINGS], kind="pretrain")
+        with pytest.raises(ConfigError, match=r"no split 'valid' to validate on .*set data\.valid_split to .* null"):
+            Corpus.open(config)

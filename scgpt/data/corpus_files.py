@@ -105,7 +105,10 @@ class CorpusFiles:
         merged, places = _merge(names, starts, stops)
         pieces = self._read_merged(merged)
         for (name, start, stop), piece in zip(merged, pieces, strict=True):
-            if len(piece) != stop - start:
+            if len(piece) > stop - start:
+                raise DataError("the server sends a whole file where a part was asked for", where=self.where(name),
+                                fix="serve the corpus by one that answers range requests, or copy it to a folder")
+            if len(piece) < stop - start:
                 raise DataError(f"the file ends {counted(stop - start - len(piece), 'byte')} too early",
                                 where=self.where(name), fix=RESTORE)
         return [memoryview(pieces[piece])[start - merged[piece][1]:stop - merged[piece][1]]
@@ -159,10 +162,11 @@ class CorpusFiles:
         except ScgptError:
             raise
         except FileNotFoundError as error:
-            what = f"the file '{name}' is missing" if name else f"a file is missing: {error}"
+            what, fix = f"the file '{name}' is missing" if name else f"a file is missing: {error}", RESTORE
             if error.__cause__ is not None:   # a web server that does not answer is "not found" to fsspec
                 what += f" or cannot be reached ({_PASSWORD.sub('//', str(error.__cause__))})"
-            raise DataError(what, where=self.where(), fix=RESTORE) from error
+                fix = "check the address and the connection"
+            raise DataError(what, where=self.where(), fix=fix) from error
         except Exception as error:   # each remote file system has errors of its own, few of them OSError
             if self.folder is not None and not isinstance(error, OSError):
                 raise

@@ -225,10 +225,13 @@ class Manifest(Entry):
         try:
             content = files.read(MANIFEST)
         except DataError as error:
-            if isinstance(error.__cause__, PermissionError):   # it may well be one
+            cause = error.__cause__
+            unread = isinstance(cause, PermissionError) if files.folder else not isinstance(cause, FileNotFoundError)
+            if unread:   # it may well be one
                 raise
-            raise DataError(f"not a corpus: {error.what}", where=files.where(),
-                            fix="give a folder that `scgpt data build CONFIG --out DIR` has made") from error
+            fix = ("give a folder that `scgpt data build CONFIG --out DIR` has made"
+                   if cause is None or cause.__cause__ is None else error.fix)
+            raise DataError(f"not a corpus: {error.what}", where=files.where(), fix=fix) from error
         damaged = DataError(f"{MANIFEST} was changed after it was written", where=path, fix=RESTORE)
         try:
             body = json.loads(content)

@@ -56,6 +56,24 @@ def test_a_corpus_on_a_web_server_is_the_one_on_the_disk(corpora: Path, form: st
         holds_the_cells(f"{web.url}/{folder.name}")
 
 
+def test_a_web_server_that_knows_no_parts_of_files_is_told_as_one(corpora: Path) -> None:
+    with serve_ranges() as web:
+        web.ranges = False
+        web.files.update({path.relative_to(corpora).as_posix(): path.read_bytes()
+                          for path in (corpora / "arrow-none").rglob("*") if path.is_file()})
+        with pytest.raises(DataError, match="sends a whole file.*range requests, or copy it"):
+            TokenDataset.open(f"{web.url}/arrow-none")
+
+
+def test_what_cannot_be_reached_is_not_told_to_be_no_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("no credentials")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem._open", refuse)
+    with pytest.raises(DataError, match="^the file cannot be read: no credentials .*check the path, its permissions"):
+        TokenDataset.open("memory://anywhere")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "compression"), FORMS)
 def test_a_corpus_on_s3_is_the_one_on_the_disk(bucket: str, form: str, compression: str) -> None:
@@ -76,7 +94,7 @@ def test_a_corpus_is_converted_from_s3_and_faults_there_are_one_sentence(bucket:
     for url, says in ((f"{bucket}/none", "not a corpus: the file 'manifest.json' is missing"),
                       (f"{bucket}/zarr-none", "a file is missing|is missing"),
                       (f"{bucket}/arrow-none", "'stray' does not belong"),
-                      ("s3://no-such-bucket/a", "not a corpus")):
+                      ("s3://no-such-bucket/a", "not a corpus.*check the address and the connection")):
         with pytest.raises(DataError, match=says) as caught:
             verify_corpus(url)
         assert "\n" not in str(caught.value)

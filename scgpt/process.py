@@ -2,6 +2,7 @@
 exit code.
 """
 import atexit
+import faulthandler
 import os
 import signal
 import sys
@@ -78,7 +79,11 @@ def print_answer(text: str) -> None:
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
-    """Run `main`, then end the process with the code that it returns, or that argparse raises."""
+    """Run `main`, then end the process with the code that it returns, or that argparse raises.
+
+    Where the kernel ends it for what native code does (it read a mapped file that was shortened), stderr says where.
+    """
+    faulthandler.enable(file=2, all_threads=False)
     try:
         code = main()
     except SystemExit as ended:

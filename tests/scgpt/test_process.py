@@ -65,6 +65,29 @@ def test_nothing_else_takes_the_place_of_streams_that_are_closed(tmp_path: Path)
         assert rows.read_text() == "rows"
 
 
+SHORTENED = """
+import mmap, os, sys
+from scgpt.process import run_program
+
+def read_the_end():
+    with open(sys.argv[1], "r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 0)
+        os.ftruncate(file.fileno(), 0)
+        return mapped[-1]
+
+run_program(read_the_end)
+"""
+
+
+def test_a_process_that_is_ended_for_a_shortened_file_says_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(100_000))
+    ended = subprocess.run([sys.executable, "-c", SHORTENED, str(tmp_path / "file")], capture_output=True, text=True,
+                           check=False)
+    assert ended.returncode == -signal.SIGBUS
+    assert "Bus error" in ended.stderr
+    assert "in read_the_end" in ended.stderr
+
+
 @pytest.mark.parametrize("number", INTERRUPTING)
 def test_signals_raise_and_what_was_raised_is_remembered(number: signal.Signals) -> None:
     before = signal.getsignal(number)

@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from scgpt.config import load_config
 from scgpt.data import RaggedBatch, TokenDataset
 from scgpt.data.convert import ConvertConfig, convert
 from scgpt.errors import ConfigError
+from tests.readme import blocks
 from tests.scgpt.collate.cells import CLS_ID, CellsInMemory, random_cells
 from tests.scgpt.data.cells import in_memory, write_corpus
 from tests.scgpt.data.cells import random_cells as corpus_cells
@@ -288,3 +290,16 @@ def tensors_of(batch):
 
 def test_without_a_device_no_tensor_is_made():
     assert loader_of().load(0).tensors == []
+
+
+def test_the_page_of_the_loader_shows_code_that_gives_upstreams_batch(tmp_path):
+    shard = corpus_cells([3 + i % 40 for i in range(60)])
+    write_corpus(tmp_path / "corpus", {"train": [shard], "valid": [shard]})
+    page = Path(__file__).resolve().parents[2] / "docs" / "loader.md"
+    code, = (block.code for block in blocks(page) if block.language == "python")
+    assert "out/my-corpus" in code
+    seen = {}
+    exec(code.replace("out/my-corpus", str(tmp_path / "corpus")), seen)
+    assert seen["step"].step == 7
+    assert set(seen["batch"]) == {"gene", "expr", "masked_expr"}
+    assert seen["batch"]["gene"].shape[0] == seen["config"].batch.micro_batch_size

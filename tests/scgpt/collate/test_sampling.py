@@ -5,6 +5,7 @@ import pytest
 
 from scgpt.collate.sampling import BLOCK, sample
 from scgpt.rng import PURPOSE_SAMPLE, bits
+from tests.evenness import assert_even
 from tests.scgpt.collate.cells import key_of
 
 
@@ -37,6 +38,20 @@ def test_every_subset_is_equally_likely():
     n_draws = 40_000
     for cell in range(n_draws):
         subsets[tuple(chosen_of(key_of(7, 0, cell, PURPOSE_SAMPLE), 6, 3).tolist())] += 1
-    expected = n_draws / len(subsets)
-    chi_square = sum((count - expected) ** 2 / expected for count in subsets.values())
-    assert chi_square < 43.8   # 19 degrees of freedom, p = 0.001; one subset off by 10 % of its share is found surely
+    assert_even(list(subsets.values()), draws=n_draws, off=0.2)
+
+
+@pytest.mark.parametrize(("n_values", "n_wanted"), [(300, 119), (2_500, 1_199)])
+def test_every_place_of_a_long_cell_is_equally_likely_beside_any_other(n_values, n_wanted):
+    n_draws = 4_000
+    taken = np.zeros((n_draws, n_values), bool)
+    for cell in range(n_draws):
+        taken[cell, chosen_of(key_of(8, 0, cell, PURPOSE_SAMPLE), n_values, n_wanted)] = True
+    assert_even(taken.sum(0), draws=n_draws, off=0.4)
+    share = n_wanted / n_values
+    both = share * (n_wanted - 1) / (n_values - 1)
+    for apart in (1, 2, BLOCK):   # pairs of neighbours, and of places of neighbouring blocks
+        pairs = (taken[:, apart:] & taken[:, :-apart]).mean(1)
+        sigma = pairs.std() / np.sqrt(n_draws)
+        assert 7 * sigma < 0.02 * both   # pairs that come together 2 % too often or too rarely are found
+        assert abs(pairs.mean() - both) < 4 * sigma

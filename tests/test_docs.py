@@ -32,6 +32,17 @@ def test_links_lead_somewhere(page: Path):
     assert not missing
 
 
+def test_every_page_is_reached_from_the_readme():
+    reached, ahead = set(), [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop().resolve()
+        if page not in reached and page.suffix == ".md":
+            reached.add(page)
+            links = LINK.findall(page.read_text(encoding="utf-8"))
+            ahead += [page.parent / link for link in links if "://" not in link]
+    assert {*ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")} <= reached
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_shell_blocks_are_shell(page: Path):
     for block in blocks(page):

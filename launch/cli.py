@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import textwrap
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any, NoReturn
 
 from launch.summaries import corpus_summary, describe_corpus, describe_plan, plan_summary
 from scgpt.counted import counted
-from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, ScgptError, explain
-from scgpt.process import open_streams, print_answer, run_program, signals_interrupt
+from scgpt.errors import EXIT_DONE, ConfigError, ScgptError
+from scgpt.process import exit_code, open_streams, print_answer, run_program
 from scgpt.stderr import LastingStderr, say
 from scgpt.words import count, path, seed, size
 
@@ -46,26 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     _take_overrides(parser, args, rest)
     logging.basicConfig(stream=LastingStderr(), format="%(message)s")   # warnings: fsspec tells of each block it reads
     logging.getLogger("scgpt").setLevel(logging.INFO)
-    try:
-        with signals_interrupt():
-            answer = args.run(args)
-    except KeyboardInterrupt:
-        say("interrupted: the same command continues")
-        return EXIT_INTERRUPTED
-    except Exception as found:
-        error = explain(found)
-        if error is None:
-            raise
-        if args.debug:
-            traceback.print_exc()
-        say(f"error: {error}")
-        return error.exit_code
+    return exit_code(lambda: _answer(args), debug=args.debug)
+
+
+def _answer(args: argparse.Namespace) -> int:
+    """Run the command and print what it found; its exit code, or that of an answer which cannot be written."""
+    answer: Answer = args.run(args)
     try:
         print_answer(json.dumps(answer.value, allow_nan=False) if args.json else answer.text)
     except ScgptError as unwritten:
         say(f"error: {unwritten}")
         return answer.exit_code or unwritten.exit_code
-    return int(answer.exit_code)
+    return answer.exit_code
 
 
 def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: Sequence[str]) -> None:

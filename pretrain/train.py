@@ -7,11 +7,10 @@ if __name__ == "__main__":   # run as a script, its folder comes first: `pretrai
 
 import argparse
 import os
-import traceback
 from collections.abc import Sequence
 
-from scgpt.errors import EXIT_INTERRUPTED, ConfigError, ScgptError, explain
-from scgpt.process import open_streams, print_answer, run_program, signals_interrupt
+from scgpt.errors import ConfigError, ScgptError
+from scgpt.process import exit_code, open_streams, print_answer, run_program
 from scgpt.stderr import say
 from scgpt.words import path
 
@@ -33,23 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)   # the launcher's; LOCAL_RANK says the same
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(argv)
+    return exit_code(lambda: _run(args), debug=args.debug, tell=_tell)   # the loop has signal handlers of its own
+
+
+def _tell(sentence: str, error: Exception | None) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    try:
-        with signals_interrupt():   # until the loop has handlers of its own
-            return _run(args)
-    except KeyboardInterrupt:
-        if rank == 0:
-            say("interrupted: the same command continues")
-        return EXIT_INTERRUPTED
-    except Exception as found:
-        error = explain(found)
-        if error is None:
-            raise
-        if args.debug:
-            traceback.print_exc()
-        if rank == 0 or not _is_of_all_ranks(found):
-            say(f"error: {f'rank {rank}: ' if rank else ''}{error}")
-        return error.exit_code
+    if rank == 0:
+        say(sentence if error is None else f"error: {sentence}")
+    elif error is not None and not _is_of_all_ranks(error):
+        say(f"error: rank {rank}: {sentence}")
 
 
 def _is_of_all_ranks(error: Exception) -> bool:

@@ -1,18 +1,17 @@
-"""How a program of ours begins and ends: its standard streams, the signals that interrupt it, its answer and
-exit code.
-"""
+"""How a program of ours begins and ends: its streams, the signals that interrupt it, its answer, its exit code."""
 import atexit
 import faulthandler
 import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from scgpt.errors import EXIT_FAILED, ScgptError
+from scgpt.errors import EXIT_FAILED, EXIT_INTERRUPTED, ScgptError, explain
 from scgpt.stderr import say
 
 # What schedulers send, a terminal that is closed, and Ctrl-C.
@@ -62,6 +61,37 @@ def signals_interrupt() -> Iterator[None]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+def _tell(sentence: str, error: Exception | None) -> None:
+    say(sentence if error is None else f"error: {sentence}")
+
+
+def exit_code(work: Callable[[], int], *, debug: bool,
+              tell: Callable[[str, Exception | None], None] = _tell) -> int:
+    """Do what a program is for: the exit code that it returns, or that of what ended it, told in one sentence.
+
+    Signals interrupt it. What must be a fault of the program itself is raised on.
+
+    Args:
+        work: returns an exit code, or raises.
+        debug: show the traceback of an error first.
+        tell: is given the sentence and the error, None for an interruption; stderr, where it is not said.
+    """
+    try:
+        with signals_interrupt():
+            return work()
+    except KeyboardInterrupt:
+        tell("interrupted: the same command continues", None)
+        return EXIT_INTERRUPTED
+    except Exception as found:
+        error = explain(found)
+        if error is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        tell(str(error), found)
+        return error.exit_code
 
 
 def print_answer(text: str) -> None:

@@ -3,11 +3,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from scgpt.process import INTERRUPTING, Interrupter, signals_interrupt
+from scgpt.errors import ConfigError
+from scgpt.process import INTERRUPTING, Interrupter, exit_code, signals_interrupt
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +43,32 @@ def test_a_closed_output_does_not_keep_a_process_from_its_code() -> None:
         assert process.stdout is not None
         process.stdout.close()
         assert process.wait() == 75
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    def work() -> int:
+        raise error
+    return work
+
+
+@pytest.mark.parametrize(("work", "code", "says"), [
+    (lambda: 3, 3, ""), (raising(ConfigError("no", fix="do")), 2, "error: no; do\n"),
+    (raising(MemoryError("all")), 1, "error: the memory is used up: all; make the model, "),
+    (raising(KeyboardInterrupt()), 75, "interrupted: the same command continues\n")])
+def test_what_ends_the_work_of_a_program_is_its_code_and_one_sentence(capsys, work, code, says) -> None:
+    assert exit_code(work, debug=False) == code
+    said = capsys.readouterr().err
+    assert said.startswith(says)
+    assert said.count("\n") == bool(says)
+
+
+def test_a_fault_of_the_program_is_raised_on_and_a_traceback_is_shown_where_it_is_asked_for(capsys) -> None:
+    with pytest.raises(ZeroDivisionError):
+        exit_code(raising(ZeroDivisionError()), debug=False)
+    assert exit_code(raising(ConfigError("no")), debug=True) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("Traceback")
+    assert said[-1] == "error: no"
 
 
 STREAMS = """

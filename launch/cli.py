@@ -6,7 +6,6 @@ stdout; `--json` makes it one JSON object on the last line. Exit codes: see scgp
 import argparse
 import json
 import logging
-import os
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 from launch.summaries import corpus_summary, describe_corpus, describe_plan, plan_summary
 from scgpt.counted import counted
 from scgpt.errors import EXIT_DONE, ConfigError, ScgptError
-from scgpt.process import exit_code, open_streams, print_answer, run_program
+from scgpt.process import begin_program, exit_code, print_answer, run_program
 from scgpt.stderr import LastingStderr, say
 from scgpt.words import count, path, seed, size
 
@@ -37,9 +36,7 @@ Command = Callable[[argparse.Namespace], Answer]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    open_streams()
-    # Threads that wait must sleep: spinning, two of them on a busy machine made a training step ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # read once, when torch is imported
+    begin_program()
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     _take_overrides(parser, args, rest)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 
 from scgpt.errors import ConfigError, ScgptError
-from scgpt.process import exit_code, open_streams, print_answer, run_program
+from scgpt.process import begin_program, exit_code, print_answer, run_program
 from scgpt.stderr import say
 from scgpt.words import path
 
@@ -20,9 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A failure is one sentence on stderr, from rank 0 or from the rank that has it alone.
     """
-    open_streams()
-    # Threads that wait must sleep: spinning, two of them on a busy machine made a training step ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # read once, when torch is imported
+    begin_program()
     parser = argparse.ArgumentParser(prog="pretrain/train.py", description=__doc__)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one that ships")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings on top of it")

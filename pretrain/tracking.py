@@ -119,9 +119,8 @@ def run_id(run: Path, copied: Callable[[str], None]) -> str:
 
 def _read_id(path: Path) -> tuple[str, str]:
     """The id and the run directory in a file; empty where it does not say (earlier versions wrote the id alone)."""
-    lines = os.fsdecode(path.read_bytes()).splitlines() if path.exists() else []
-    found, place, *_ = (*lines, "", "")
-    return found.strip(), place
+    found, _, place = os.fsdecode(path.read_bytes() if path.exists() else b"").partition("\n")
+    return found.strip(), place.removesuffix("\n")
 
 
 def _is_still_in(place: Path, identity: str, run: Path) -> bool:

@@ -58,6 +58,7 @@ def test_every_start_of_a_run_has_its_id(run):
 
 
 def test_a_copy_of_a_run_has_an_id_of_its_own_and_the_original_keeps_its(run, tmp_path):
+    run = run.rename(tmp_path / "a\nrun\x85")   # names may hold anything
     first, told = run_id(run, quiet), []
     copy = shutil.copytree(run, tmp_path / "copy")
     second = run_id(copy, told.append)

@@ -3,10 +3,10 @@
 A `file://` URL is the folder it names. fsspec is imported for the other URLs only.
 """
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,6 +35,7 @@ class CorpusFiles:
             location = location.removeprefix("file://")
         remote = isinstance(location, str) and "://" in location
         self.location: Path | str = str(location).rstrip("/") if remote else Path(location)
+        self._system: tuple[int, Any] | None = None   # by which process
 
     def __reduce__(self) -> tuple[object, ...]:
         return CorpusFiles, (self.location,)
@@ -134,9 +135,14 @@ class CorpusFiles:
         stream: BinaryIO = self._remote.open(self.url(name), "rb")
         return stream
 
-    @cached_property
+    @property
     def _remote(self) -> Any:
-        """The fsspec file system of the URL."""
+        """The fsspec file system of the URL; a forked process, which has none of its threads, has one of its own."""
+        if self._system is None or self._system[0] != os.getpid():
+            self._system = os.getpid(), self._connect()
+        return self._system[1]
+
+    def _connect(self) -> Any:
         scheme = self.where().partition("://")[0]
         try:
             import fsspec

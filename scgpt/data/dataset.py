@@ -1,6 +1,7 @@
 """TokenDataset: one split of a corpus, opened, indexed, fetched; in either form, in a folder or behind a URL."""
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,7 @@ class TokenDataset:
         self.files, self.split, self.manifest = files, split, manifest
         self.path: Path | str = files.location   # the folder, or the URL
         self.entry: SplitEntry = manifest.splits[split]
+        self._opened: tuple[int, Shards] | None = None   # by which process
 
     @classmethod
     def open(cls, path: Path | str, split: str = "train") -> "TokenDataset":
@@ -66,10 +68,12 @@ class TokenDataset:
         cell = self.fetch(np.array([index % len(self)]))
         return {GENES: cell.genes, EXPRESSIONS: cell.expressions, CELL_ID: int(cell.columns[CELL_ID][0])}
 
-    @cached_property
+    @property
     def shards(self) -> Shards:
-        """The opened tokens."""
-        return open_shards(self.files, self.entry)
+        """The opened tokens. A forked process opens its own: it has none of the threads that zarr waits for."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = os.getpid(), open_shards(self.files, self.entry)
+        return self._opened[1]
 
     @cached_property
     def vocab(self) -> GeneVocab:
@@ -104,7 +108,10 @@ class TokenDataset:
         return self.lengths_of(np.arange(len(self)))
 
     def _checked(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
-        cells: NDArray[np.int64] = np.asarray(indices).astype(np.int64)
+        given = np.asarray(indices)
+        if len(given) and given.dtype.kind not in "iu":
+            raise IndexError(f"cells are given by their integer indices, not by values of type {given.dtype}")
+        cells: NDArray[np.int64] = given.astype(np.int64)
         if len(cells) and not (cells.min() >= 0 and cells.max() < len(self)):
             raise IndexError(f"cells {cells.min()} to {cells.max()} of {len(self)}")
         return cells

@@ -7,6 +7,8 @@ with zarr-python's own codecs (the `zarrs` pipeline orders the chunks of a shard
 The cold form stores `genes` as differences within each cell, and everything through Blosc with bitshuffle: LZ4 alone
 gains nothing on ids. Reading is by whole inner chunks, for windows of cells; Arrow is the form for random access.
 """
+import functools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -275,13 +277,19 @@ def _open_arrays(files: CorpusFiles, store: str, names: Iterable[str]) -> tuple[
         opened = zarr.storage.FsspecStore.from_url(files.url(store), read_only=True)
     else:
         opened = zarr.storage.LocalStore(files.folder / store, read_only=True)
-        if find_spec("zarrs") is not None:
-            import zarrs  # noqa: F401 makes its pipeline known
-
+        if find_spec("zarrs") is not None and _process_of_zarrs() == os.getpid():
             options = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
     with _settings, zarr.config.set(options):   # an array keeps the pipeline that it was opened with
         group = zarr.open_group(opened, mode="r")
         return {name: group[name] for name in names}, dict(group.attrs)
+
+
+@functools.cache
+def _process_of_zarrs() -> int:
+    """The process that loaded zarrs. In one that is forked from it, zarrs would wait for threads that are not there."""
+    import zarrs  # noqa: F401 makes its pipeline known
+
+    return os.getpid()
 
 
 def _zarr() -> Any:

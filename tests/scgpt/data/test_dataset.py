@@ -1,10 +1,14 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 
-from scgpt.data import TokenDataset, verify_corpus
+from scgpt.data import TokenDataset, verify_corpus, zarr_format
+from scgpt.data.convert import ConvertConfig, convert
 from scgpt.errors import DataError
 
 from .cells import random_cells, write_corpus
@@ -118,6 +122,46 @@ def test_a_corpus_that_may_not_be_read_is_not_called_none(corpus: Path, monkeypa
 def test_an_unknown_split_lists_the_splits(corpus: Path):
     with pytest.raises(DataError, match="no split 'test'.*train, valid"):
         TokenDataset.open(corpus, "test")
+
+
+FORKED = """
+import os, signal, sys
+import numpy as np
+from scgpt.data import TokenDataset, record_batches, zarr_chunks
+from tests.scgpt.data.cells import in_memory
+
+record_batches.CACHE_BYTES = zarr_chunks.CACHE_BYTES = 0   # the child reads
+for folder in sys.argv[1:]:
+    for place in (folder, in_memory(folder)):
+        dataset, cells = TokenDataset.open(place), np.array([0, 1])
+        expected = dataset.fetch(cells).genes
+        dataset.fetch(np.array([11]))   # one chunk is kept all the same
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)   # one that waits for threads that are not there
+            same = np.array_equal(dataset.fetch(cells).genes, expected) and len(dataset.obs()) == len(dataset)
+            os._exit(0 if same else 1)
+        print(place, os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_forked_process_reads_what_its_parent_opened(corpus: Path, tmp_path: Path, monkeypatch):
+    """As the workers of a PyTorch DataLoader do: zarr, its codecs and fsspec leave their threads behind."""
+    monkeypatch.setattr(zarr_format, "CHUNK_ITEMS", 8)
+    folders = [corpus]
+    for form, compression in (("arrow", "zstd"), ("zarr", "none"), ("zarr", "lz4")):
+        folders.append(tmp_path / f"{form}-{compression}")
+        convert(corpus, folders[-1], ConvertConfig(form=form, compression=compression))
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run([sys.executable, "-c", FORKED, *map(str, folders)], capture_output=True, text=True,
+                          check=False, cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    assert [line.rpartition(" ")[2] for line in done.stdout.splitlines()] == ["0"] * 8, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("indices", [np.array([True, False]), np.array([1.0])])
+def test_what_is_no_index_is_refused(corpus: Path, indices: np.ndarray):
+    with pytest.raises(IndexError, match="integer indices, not by values of type"):
+        TokenDataset.open(corpus).fetch(indices)
 
 
 def test_another_vocabulary_is_refused(corpus: Path):

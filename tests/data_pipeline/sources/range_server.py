@@ -63,11 +63,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if self.served.ranges else None
-        part = content[int(wanted[1]):int(wanted[2] or len(content)) + 1] if wanted else content
+        wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")) if self.served.ranges else None
+        first = 0 if not wanted else int(wanted[1]) if wanted[1] else max(len(content) - int(wanted[2]), 0)
+        part = content[first:int(wanted[2]) + 1 if wanted and wanted[1] and wanted[2] else None]
         self.send_response(206 if wanted else 200)
         if wanted:
-            self.send_header("Content-Range", f"bytes {wanted[1]}-{int(wanted[1]) + len(part) - 1}/{len(content)}")
+            self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(content)}")
         if self.served.ranges:
             self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", f'"{hash(content):x}"')

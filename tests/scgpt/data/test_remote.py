@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scgpt.data import RaggedBatch, TokenDataset, verify_corpus
+from scgpt.data import RaggedBatch, TokenDataset, verify_corpus, zarr_format
 from scgpt.data.convert import ConvertConfig, convert
 from scgpt.errors import DataError
 from tests.data_pipeline.sources.range_server import serve_ranges
@@ -54,6 +54,21 @@ def test_a_corpus_on_a_web_server_is_the_one_on_the_disk(corpora: Path, form: st
         web.files.update({path.relative_to(corpora).as_posix(): path.read_bytes()
                             for path in folder.rglob("*") if path.is_file()})
         holds_the_cells(f"{web.url}/{folder.name}")
+
+
+@pytest.mark.parametrize("compression", ["none", "lz4"])
+def test_a_part_of_a_zarr_shard_is_read_from_a_web_server(corpora: Path, tmp_path: Path, compression: str,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then zarr first asks for the last bytes of the file, where a shard says what is where."""
+    monkeypatch.setattr(zarr_format, "CHUNK_ITEMS", 64)
+    convert(corpora / "plain", tmp_path / "chunked", ConvertConfig(form="zarr", compression=compression))
+    with serve_ranges() as web:
+        web.files.update({path.relative_to(tmp_path).as_posix(): path.read_bytes()
+                          for path in tmp_path.rglob("*") if path.is_file()})
+        dataset, cells = TokenDataset.open(f"{web.url}/chunked"), np.array([70, 3])
+        before = web.bytes_sent
+        same_cells(dataset.fetch(cells), RaggedBatch.concatenate(PARTS).take(cells))
+        assert web.bytes_sent - before < 3 * (tmp_path / "chunked/train.zarr/genes/c/0").stat().st_size
 
 
 def test_a_web_server_that_knows_no_parts_of_files_is_told_as_one(corpora: Path) -> None:

@@ -100,7 +100,10 @@ def test_a_packed_batch_keeps_its_invariants(seed, n_cells, longest, context_len
 
 
 def test_which_bin_a_tie_gets_has_no_part_in_whether_it_is_hidden():
-    """One word decides both: of 60,000 values that are all alike, bins and masks are independent."""
+    """One word decides both: of 60,000 values that are all alike, bins and masks are independent.
+
+    A bin that is hidden 13 % more or less often than the others would be found in 99 of 100 such tests.
+    """
     n_cells, n_values = 300, 200
     cells = RaggedBatch(np.tile(np.arange(3, 3 + n_values, dtype=np.uint16), n_cells),
                         np.full(n_cells * n_values, 7, np.uint16), np.arange(n_cells + 1) * n_values,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from data_pipeline.sources.base import AUTO, INDEX, Source
 from scgpt.counted import counted
 from scgpt.errors import SourceError
-from scgpt.vocab import SPECIAL_TOKENS, GeneVocab
+from scgpt.vocab import GENCODE_MOUSE, PUBLISHED, SPECIAL_TOKENS, GeneVocab
 
 UNMAPPED = -1
 SYMBOL, ENSEMBL = "symbol", "ensembl"
@@ -184,9 +184,10 @@ def _refusal(source: Source, vocab: GeneVocab, best: GeneMap, gene_column: str, 
     species = next(filter(None, (species_of(source.gene_names(column)) for column in columns)), None)
     expected = species_of([*vocab])
     if species is not None and expected is not None and species != expected:
+        shipped = {HUMAN: f"vocab: {PUBLISHED}, or ", MOUSE: f"vocab: {GENCODE_MOUSE}, or "}.get(species, "")
         return SourceError(f"{found}: these are {species} genes, {example}", where=where,
-                           fix=f"take a {expected} atlas, or give a {species} vocabulary (vocab: PATH, made by "
-                               "scgpt vocab build)")
+                           fix=f"take a {expected} atlas, or give a {species} vocabulary ({shipped}vocab: PATH, made "
+                               "by scgpt vocab build)")
     if gene_column != AUTO:
         others = [match_genes(source.gene_names(column), vocab, column=column) for column in source.gene_columns()]
         better = max(others, key=lambda other: other.n_mapped)

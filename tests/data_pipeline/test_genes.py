@@ -88,7 +88,9 @@ def refusal(tmp_path: Path, genes: list[str], **options: object) -> str:
 
 
 def test_mouse_symbols_are_recognised(tmp_path: Path) -> None:
-    assert "these are mouse genes" in refusal(tmp_path, ["Lypla1", "Tcea1", "Atp6v1h", "Rgs20", "Rb1cc1"])
+    told = refusal(tmp_path, ["Lypla1", "Tcea1", "Atp6v1h", "Rgs20", "Rb1cc1"])
+    assert "these are mouse genes" in told
+    assert "vocab: gencode-mouse, or vocab: PATH" in told
 
 
 def test_mouse_ids_and_other_species_are_recognised(tmp_path: Path) -> None:

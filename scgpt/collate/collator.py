@@ -120,10 +120,6 @@ def collate(cells: RaggedBatch, config: CollateConfig, *, cls_id: int, seed: int
     packed = PackedBatch(np.empty(n_tokens, np.int32), np.empty(n_tokens, np.float32), np.empty(n_tokens, np.float32),
                          np.empty(n_tokens, np.bool_), cu_seqlens, int(lengths.max(initial=0)), cell_ids,
                          None if config.task == "pcpt" else np.empty(len(cells), np.int32))
-    recipe = _Recipe(np.uint64(seed), int(cls_id), float(config.cls_value), float(config.mask_value),
-                     np.array(config.mask_ratio if mask else (0.0,)), config.context_length - 1,
-                     config.task != "pcpt", _STYLES[config.input_style], config.tie_rule == "spread",
-                     cells.expressions.dtype != np.float32, probabilities(config.n_bins))
     epoch_of = np.ascontiguousarray(np.broadcast_to(np.asarray(epochs, np.int64), cell_ids.shape))
     if config.unexpressed_genes:
         if not len(config.gene_ids):
@@ -131,7 +127,12 @@ def collate(cells: RaggedBatch, config: CollateConfig, *, cls_id: int, seed: int
                               where="CollateConfig.gene_ids", fix="give the ids of the vocabulary's genes")
         cells = add_unexpressed(cells, config.with_unexpressed(expressed), config.gene_ids, seed=seed,
                                 cell_ids=cell_ids, epochs=epoch_of)
-    scratch = scratch_for(int(cells.lengths.max(initial=0)), config.n_bins)
+    longest = int(cells.lengths.max(initial=0))
+    scratch = scratch_for(longest, config.n_bins)
+    recipe = _Recipe(np.uint64(seed), int(cls_id), float(config.cls_value), float(config.mask_value),
+                     np.array(config.mask_ratio if mask else (0.0,)), min(config.context_length - 1, longest),
+                     config.task != "pcpt", _STYLES[config.input_style], config.tie_rule == "spread",
+                     cells.expressions.dtype != np.float32, probabilities(config.n_bins))
     _collate_cells(cells.genes, cells.expressions, sort_keys(cells.expressions), cells.offsets, expressed, cell_ids,
                    epoch_of, recipe, scratch, as_values(scratch.sorted_keys, cells.expressions.dtype),
                    packed.gene_ids, packed.values, packed.targets, packed.target_mask, cu_seqlens,

@@ -99,6 +99,13 @@ def test_a_packed_batch_keeps_its_invariants(seed, n_cells, longest, context_len
         assert (np.diff(kept) > 0).all()
 
 
+def test_a_context_that_no_memory_holds_is_that_of_the_longest_cell():
+    cells = random_cells(5, longest=60)
+    fits, vast = (collate(cells, CollateConfig(n), cls_id=CLS_ID, seed=0, epochs=0) for n in (61, 1 << 50))
+    np.testing.assert_array_equal(vast.gene_ids, fits.gene_ids)
+    np.testing.assert_array_equal(vast.values, fits.values)
+
+
 def test_which_bin_a_tie_gets_has_no_part_in_whether_it_is_hidden():
     """One word decides both: of 60,000 values that are all alike, bins and masks are independent.
 

@@ -8,10 +8,11 @@ summed when cells are tokenised.
 import csv
 import gzip
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files as package_files
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +72,7 @@ class GeneTables:
         self.later: dict[str, set[str]] = {}      # previous symbol -> current symbols
         self.previous: dict[str, set[str]] = {}   # current symbol -> previous symbols
         by_id: dict[str, set[str]] = {}
-        for symbol, previous, _, ids, *_ in _rows("hgnc_previous_symbols.csv.gz")[1:]:
+        for symbol, previous, _, ids, *_ in islice(_rows("hgnc_previous_symbols.csv.gz"), 1, None):
             self.later.setdefault(previous, set()).add(symbol)
             self.previous.setdefault(symbol, set()).add(previous)
             for ensembl_id in filter(None, ids.split(";")):
@@ -222,6 +223,7 @@ def gene_tables() -> GeneTables:
     return GeneTables()
 
 
-def _rows(table: str) -> list[list[str]]:
+def _rows(table: str) -> Iterator[list[str]]:
+    """Row by row: 80,000 lists at once would have the garbage collector look through them all, again and again."""
     content = gzip.decompress((package_files("scgpt.tables") / table).read_bytes()).decode()
-    return list(csv.reader(content.splitlines()))
+    return csv.reader(content.splitlines())

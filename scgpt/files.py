@@ -74,12 +74,9 @@ def json_bytes(value: object) -> bytes:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(_READ_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def remove(path: Path) -> None:

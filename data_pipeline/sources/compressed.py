@@ -4,6 +4,7 @@ What h5py and zarr read of chunks that nobody has written are zeros: such a file
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import h5py
 import numpy as np
@@ -13,7 +14,7 @@ from scipy.sparse import csr_array
 
 from data_pipeline.sources import elements
 from data_pipeline.sources.elements import Element
-from data_pipeline.sources.hdf5_chunks import read_values
+from data_pipeline.sources.hdf5_chunks import Reader
 from data_pipeline.sources.rechunk import Entries
 from scgpt.counted import counted
 
@@ -21,7 +22,7 @@ _PIECE_VALUES = 1 << 18   # 2 MiB with their indices: the cache of a core
 _PIECE_CHUNKS = 8         # at least, so that few are decoded twice
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StoredMatrix:
     """CSR: major is rows (cells), minor is columns; CSC: the other way. All methods raise ValueError on misfits."""
 
@@ -90,10 +91,14 @@ class StoredMatrix:
             data, rows = self._entries(start, stop, offsets)
             yield rows, np.searchsorted(offsets, np.arange(start, stop), side="right") - 1, data
 
+    @cached_property
+    def _readers(self) -> tuple[Reader, Reader]:
+        return Reader.of(self.data), Reader.of(self.indices)
+
     def _entries(self, start: int, stop: int, offsets: NDArray[np.int64],
                  ) -> tuple[NDArray[np.generic], NDArray[np.integer]]:
         """Values [start, stop) and their indices; `offsets` are boundaries that lie among them."""
-        data, indices = read_values(self.data, start, stop), read_values(self.indices, start, stop)
+        data, indices = (reader.read(start, stop) for reader in self._readers)
         bounds = np.clip(offsets - start, 0, stop - start)
         outside, twice = _look_at_indices(indices, bounds, self.n_minor)
         if outside:

@@ -5,6 +5,7 @@ inflated by ISA-L (rejected: libdeflate, a fifth faster still, for its less tend
 filter, chunks that are missing or damaged: h5py reads them, and says what is wrong with them.
 """
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import h5py
@@ -17,42 +18,57 @@ from data_pipeline.sources.elements import Element
 _INFLATED = ([h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE])
 
 
-def read_values(array: Element, first: int, last: int) -> NDArray[Any]:
-    """`array[first:last]` of an array of one dimension, (last - first,), in its own type. Raises what h5py raises."""
-    filters = _filters(array) if isinstance(array, h5py.Dataset) else []
-    if filters in _INFLATED and array.dtype.kind in "iuf" and array.dtype.isnative:
-        with suppress(OSError, ValueError, RuntimeError):   # a chunk that is missing, or damaged
-            return _inflate(array, first, last, shuffled=len(filters) == 2)
-    values: NDArray[Any] = array[first:last]
-    return values.astype(values.dtype.newbyteorder("="), copy=False)   # compiled loops know no other order of bytes
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads an array of one dimension. What is known of it is asked for once: h5py takes as long for it as for a chunk.
+    """
+
+    array: Element
+    dtype: np.dtype[Any]
+    n_values: int
+    chunk: int       # values of a chunk that ISA-L inflates; 0: h5py or zarr reads the array
+    shuffled: bool
+
+    @classmethod
+    def of(cls, array: Element) -> "Reader":
+        """The reader of an array of h5py or zarr."""
+        filters = _filters(array)
+        inflates = filters in _INFLATED and array.dtype.kind in "iuf" and array.dtype.isnative
+        return cls(array, array.dtype, int(array.shape[0]), int(array.chunks[0]) if inflates else 0, len(filters) == 2)
+
+    def read(self, first: int, last: int) -> NDArray[Any]:
+        """`array[first:last]`, (last - first,), in its own type. Raises what h5py or zarr raises."""
+        if self.chunk:
+            with suppress(OSError, ValueError, RuntimeError):   # a chunk that is missing, or damaged
+                return self._inflate(first, min(last, self.n_values))
+        values: NDArray[Any] = self.array[first:last]
+        return values.astype(values.dtype.newbyteorder("="), copy=False)   # compiled loops know no other order of bytes
+
+    def _inflate(self, first: int, last: int) -> NDArray[Any]:
+        from isal import igzip_lib
+
+        values = np.empty(max(last - first, 0), self.dtype)
+        size, n_bytes = self.chunk, self.chunk * self.dtype.itemsize
+        for start in range(first // size * size, last, size):
+            skipped, packed = self.array.id.read_direct_chunk((start,))
+            try:
+                content = igzip_lib.decompress(packed, flag=igzip_lib.DECOMP_ZLIB, bufsize=n_bytes)
+            except igzip_lib.IsalError as error:   # type: ignore[misc]  # a class, whatever its stub says
+                raise ValueError("a damaged chunk") from error
+            if skipped or len(content) != n_bytes:
+                raise ValueError("a chunk that is stored in another way")
+            chunk = _unshuffle(content, self.dtype) if self.shuffled else np.frombuffer(content, self.dtype)
+            begin, end = max(first - start, 0), min(last - start, size)
+            values[start + begin - first:start + end - first] = chunk[begin:end]
+        return values
 
 
-def _filters(array: h5py.Dataset) -> list[int]:
-    if array.chunks is None or array.ndim != 1:
+def _filters(array: Element) -> list[int]:
+    """HDF5's filters of the chunks of an array of one dimension; none for any other."""
+    if not isinstance(array, h5py.Dataset) or array.chunks is None or array.ndim != 1:
         return []
     properties = array.id.get_create_plist()
     return [properties.get_filter(place)[0] for place in range(properties.get_nfilters())]
-
-
-def _inflate(array: h5py.Dataset, first: int, last: int, *, shuffled: bool) -> NDArray[Any]:
-    from isal import igzip_lib
-
-    last = min(last, array.shape[0])
-    values = np.empty(max(last - first, 0), array.dtype)
-    size, dtype = array.chunks[0], values.dtype
-    n_bytes = size * dtype.itemsize
-    for start in range(first // size * size, last, size):
-        skipped, packed = array.id.read_direct_chunk((start,))
-        try:
-            content = igzip_lib.decompress(packed, flag=igzip_lib.DECOMP_ZLIB, bufsize=n_bytes)
-        except igzip_lib.IsalError as error:   # type: ignore[misc]  # a class, whatever its stub says
-            raise ValueError("a damaged chunk") from error
-        if skipped or len(content) != n_bytes:
-            raise ValueError("a chunk that is stored in another way")
-        chunk = _unshuffle(content, dtype) if shuffled else np.frombuffer(content, dtype)
-        begin, end = max(first - start, 0), min(last - start, size)
-        values[start + begin - first:start + end - first] = chunk[begin:end]
-    return values
 
 
 def _unshuffle(content: bytes, dtype: np.dtype[np.generic]) -> NDArray[Any]:

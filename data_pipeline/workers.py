@@ -15,7 +15,6 @@ from data_pipeline.build_dir import Record
 from data_pipeline.progress import Progress
 from data_pipeline.quarantine import tried
 from data_pipeline.tasks import Layout
-from scgpt.allocator import keep_freed_memory
 from scgpt.counted import counted
 from scgpt.errors import DataError
 
@@ -74,7 +73,6 @@ class Threads:
 
 def find_or_do(function: Callable[..., Record], layout: Layout, task: str, *arguments: object) -> Record:
     """In a worker: the record of a finished task whose files are whole, else that of doing it."""
-    keep_freed_memory()   # of one block for the next: a tenth of the CPU time of a build
     record = layout.build.read_record(task)
     return tried(partial(function, layout, *arguments), layout.config.on_error) if record is None else record
 

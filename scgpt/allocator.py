@@ -1,4 +1,4 @@
-"""What the C library does with freed memory: kept for the next step or block, or returned to the kernel."""
+"""What the C library does with freed memory: kept for the next step, or returned to the kernel."""
 import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3   # glibc's malloc.h
@@ -7,8 +7,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3   # glibc's malloc.h
 def keep_freed_memory() -> None:
     """Let glibc reuse freed buffers of up to 32 MiB, in the whole process; elsewhere nothing is done.
 
-    Returned to the kernel, each step faults its batches in anew (a quarter of the loader's time), and its gradients;
-    each block of a build its values and tokens.
+    Returned to the kernel, each step faults its batches in anew (a quarter of the loader's time), and its gradients.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

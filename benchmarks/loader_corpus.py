@@ -18,7 +18,7 @@ from scgpt.config import validate
 from scgpt.data import RaggedBatch, TokenDataset
 from scgpt.data.arrow_format import write_obs, write_shard
 from scgpt.data.manifest import VOCAB, Manifest, ObsEntry, ShardEntry, SplitEntry, VocabEntry
-from scgpt.data.schema import CELL_ID, SOURCE, SOURCE_ROW, cell_ids
+from scgpt.data.schema import CELL_ID, SOURCE, SOURCE_ROW, cell_ids, part_name
 from scgpt.files import publish, sha256
 
 ATLAS = Path(__file__).resolve().parents[1] / "examples" / "atlas"
@@ -72,7 +72,7 @@ def _write(path: Path, n_cells: int) -> None:
     vocab.save_json(path / VOCAB)
     entries, first = [], 0
     for number, cells in enumerate(shards(n_cells)):
-        entries.append(_write_shard(path, f"train/part-{number:05d}", cells, first))
+        entries.append(_write_shard(path, f"train/{part_name(number)}", cells, first))
         first += len(cells)
     split = SplitEntry(cells=n_cells, tokens=sum(entry.tokens for entry in entries), shards=entries)
     Manifest(created_by=f"scgpt-pretrain {__version__}", expression_kind="counts", columns=[], splits={"train": split},

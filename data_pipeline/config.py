@@ -9,6 +9,7 @@ from data_pipeline.sources.kinds import KINDS
 from data_pipeline.sources.location import Location
 from scgpt.config import Bytes, Config, ConfigPath, ConfigPlace, Seed
 from scgpt.data.ipc_message import Codec
+from scgpt.data.schema import CELL_ID, CONTENT_HASH, SOURCE, SOURCE_ROW
 from scgpt.errors import ConfigError
 from scgpt.vocab import GeneVocab
 
@@ -120,7 +121,7 @@ class CorpusConfig(Config):
     @field_validator("columns")
     @classmethod
     def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        reserved = {"cell_id", "source", "source_row", "content_hash"}
+        reserved = {CELL_ID, SOURCE, SOURCE_ROW, CONTENT_HASH}
         wrong = sorted(reserved & set(value)) or sorted({name for name in value if value.count(name) > 1})
         if wrong:
             raise ValueError(f"'{wrong[0]}' is kept already, or named twice")

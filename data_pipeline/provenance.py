@@ -27,11 +27,11 @@ from data_pipeline.sources.identity import fingerprint, identity_of, sha256_of
 from data_pipeline.sources.kinds import open_source
 from data_pipeline.sources.location import Location
 from data_pipeline.tokenization import tokenize_block
-from scgpt.data.content import CONTENT_HASH, content_hashes
+from scgpt.data.content import content_hashes
 from scgpt.data.corpus_files import CorpusFiles
 from scgpt.data.dataset import TokenDataset
 from scgpt.data.manifest import Manifest, SourceEntry
-from scgpt.data.schema import EXPRESSIONS, SOURCE, RaggedBatch
+from scgpt.data.schema import CONTENT_HASH, EXPRESSIONS, SOURCE, RaggedBatch
 from scgpt.data.shards import part_bounds, windows
 from scgpt.errors import ConfigError, SourceError
 

@@ -19,8 +19,18 @@ from numpy.typing import NDArray
 
 from scgpt import rng
 from scgpt.counted import counted
-from scgpt.data.content import CONTENT_HASH, content_hashes
-from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, SOURCE, SOURCE_ROW, RaggedBatch, expression_dtype, offsets_of
+from scgpt.data.content import content_hashes
+from scgpt.data.schema import (
+    CELL_ID,
+    CONTENT_HASH,
+    EXPRESSIONS,
+    GENES,
+    SOURCE,
+    SOURCE_ROW,
+    RaggedBatch,
+    expression_dtype,
+    offsets_of,
+)
 from scgpt.errors import DataError
 
 KEY = "key"   # uint64: the place of a cell in the global order

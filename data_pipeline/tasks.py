@@ -20,9 +20,9 @@ from data_pipeline.sources.identity import identity_of
 from data_pipeline.tokenization import tokenize_block
 from scgpt import files
 from scgpt.data.arrow_format import write_obs, write_shard
-from scgpt.data.content import CONTENT_HASH, content_hashes
+from scgpt.data.content import content_hashes
 from scgpt.data.manifest import ObsEntry, ShardEntry
-from scgpt.data.schema import CELL_ID, SOURCE, RaggedBatch
+from scgpt.data.schema import CELL_ID, CONTENT_HASH, SOURCE, RaggedBatch, part_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def merge_to_shard(layout: Layout, task: ShardTask, expression_type: str) -> Rec
                            task.bucket)
     cells, known = merge_runs(runs, np.dtype(expression_type), layout.config.columns, left_out)
     folder, shards = layout.build.shards(task.split), layout.config.shards
-    tokens, obs = folder / f"part-{task.number:05d}.arrow", folder / f"part-{task.number:05d}.obs.parquet"
+    tokens, obs = (folder / f"{part_name(task.number)}.{ending}" for ending in ("arrow", "obs.parquet"))
     if shards.form == "zarr":
         tokens = layout.build.merged / task.split / tokens.name
         tokens.parent.mkdir(parents=True, exist_ok=True)

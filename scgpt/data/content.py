@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from scgpt.data.schema import RaggedBatch
 from scgpt.rng import GOLDEN, mix
 
-CONTENT_HASH = "content_hash"   # uint64 column of the metadata files: the first half
-
 
 @intrinsic
 def _bits(typing_context, value):  # type: ignore[no-untyped-def]

@@ -16,7 +16,7 @@ from scgpt.data import arrow_format, zarr_format
 from scgpt.data.corpus_files import CorpusFiles
 from scgpt.data.ipc_message import Codec
 from scgpt.data.manifest import VOCAB, Manifest, ObsEntry, PartEntry, ShardEntry, SplitEntry, StoreEntry
-from scgpt.data.schema import offsets_of
+from scgpt.data.schema import offsets_of, part_name
 from scgpt.data.shards import CellRange, Shards, open_shards, part_bounds
 from scgpt.data.verify import verify_corpus
 from scgpt.errors import ConfigError, DataError
@@ -74,7 +74,7 @@ def _convert_split(source: CorpusFiles, name: str, entry: SplitEntry, out: Path,
     if (config.form or entry.form) == "arrow":
         bounds = part_bounds([part.cells for part in entry.parts])
         return made.model_copy(update={"shards": [
-            _write_arrow(shards, bounds[number], f"{name}/part-{number:05d}.arrow", known, out, compression)
+            _write_arrow(shards, bounds[number], f"{name}/{part_name(number)}.arrow", known, out, compression)
             for number, known in enumerate(obs)]})
     parts = [PartEntry(cells=part.cells, tokens=part.tokens, obs=known)
              for part, known in zip(entry.parts, obs, strict=True)]

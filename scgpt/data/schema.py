@@ -16,6 +16,7 @@ FORMAT_VERSION = 1
 
 GENES, EXPRESSIONS, CELL_ID = "genes", "expressions", "cell_id"   # columns of a token shard
 SOURCE, SOURCE_ROW = "source", "source_row"                       # with CELL_ID, what every metadata file holds
+CONTENT_HASH = "content_hash"   # its uint64 column of the first halves of the hashes, see scgpt/data/content.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,11 @@ def offsets_of(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
+
+
+def part_name(number: int) -> str:
+    """What a token file and the metadata file beside it are named within their split, endings left out."""
+    return f"part-{number:05d}"
 
 
 def gene_dtype(n_tokens: int) -> np.dtype[np.unsignedinteger]:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from scgpt.counted import counted
 from scgpt.data.corpus_files import RESTORE, CorpusFiles
 from scgpt.data.manifest import MANIFEST, VOCAB, FileEntry, Manifest, SplitEntry, check_sizes
-from scgpt.data.schema import CELL_ID, check_cells
+from scgpt.data.schema import CELL_ID, CONTENT_HASH, check_cells
 from scgpt.data.shards import open_shards, part_bounds, windows
 from scgpt.errors import DataError
 
@@ -48,7 +48,7 @@ def verify_files(files: CorpusFiles, entries: Iterable[FileEntry]) -> set[str]:
 
 def verify_cells(files: CorpusFiles, split: SplitEntry, n_tokens: int) -> None:
     """Hold every cell of a split against the invariants of the format, and its metadata against its id."""
-    from scgpt.data.content import CONTENT_HASH, content_hashes  # compiled code, for this only
+    from scgpt.data.content import content_hashes  # compiled code, for this only
 
     if not split.cells:
         return

@@ -15,8 +15,8 @@ from data_pipeline.shuffle import (
     sorted_dictionary,
     write_run,
 )
-from scgpt.data.content import CONTENT_HASH, content_hashes
-from scgpt.data.schema import CELL_ID, SOURCE_ROW, RaggedBatch, cell_ids, offsets_of
+from scgpt.data.content import content_hashes
+from scgpt.data.schema import CELL_ID, CONTENT_HASH, SOURCE_ROW, RaggedBatch, cell_ids, offsets_of
 from scgpt.errors import DataError
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -173,6 +174,18 @@ def check_unchanged(source: SourcePlan) -> None:
         raise _changed(source) from error
     if not same:
         raise _changed(source)
+
+
+@contextmanager
+def unchanged(source: SourcePlan) -> Iterator[None]:
+    """What is read within is of the planned source: a change is told in place of any error that came of it."""
+    check_unchanged(source)
+    try:
+        yield
+    except Exception:
+        check_unchanged(source)
+        raise
+    check_unchanged(source)
 
 
 def _changed(source: SourcePlan) -> SourceError:

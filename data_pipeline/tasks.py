@@ -14,7 +14,7 @@ from data_pipeline.build_dir import BuildDir, Record
 from data_pipeline.cells import KEPT, SPLITS, groups_in_splits, judge
 from data_pipeline.config import CorpusConfig
 from data_pipeline.duplicates import HashFile, find_equals, read_equals, summary, write_equals, write_hashes
-from data_pipeline.plan import Block, SourcePlan, check_unchanged
+from data_pipeline.plan import Block, SourcePlan, unchanged
 from data_pipeline.shuffle import KEY, merge_runs, ordered_buckets, shuffle_keys, shuffled_buckets, write_run
 from data_pipeline.sources.identity import identity_of
 from data_pipeline.tokenization import tokenize_block
@@ -48,11 +48,10 @@ class ShardTask:
 
 def hash_source(layout: Layout, number: int, source: SourcePlan) -> Record:
     """What the manifest knows a source by: `sha256` of the whole, or `etag` of what an object store keeps."""
-    check_unchanged(source)
-    with source.open() as opened:
-        opened.check_content()
-    identity = identity_of(source.path)
-    check_unchanged(source)
+    with unchanged(source):
+        with source.open() as opened:
+            opened.check_content()
+        identity = identity_of(source.path)
     return layout.build.write_record(source_task(number), identity, [])
 
 
@@ -60,19 +59,16 @@ def cut_source(layout: Layout, number: int, source: SourcePlan, firsts: Sequence
     """Cut a matrix that is stored by columns into the row blocks of the plan."""
     folder = cut_folder(layout.build, number)
     folder.parent.mkdir(exist_ok=True)
-    check_unchanged(source)
-    with files.publish(folder) as temporary, source.open() as opened:
+    with unchanged(source), files.publish(folder) as temporary, source.open() as opened:
         made = [folder / path.name for path in opened.cut_row_blocks(firsts, temporary)]
         files.remove(folder)   # of an attempt whose record is missing
-    check_unchanged(source)
     return layout.build.write_record(cut_task(number), {}, made)
 
 
 def tokenize_to_run(layout: Layout, block: Block, source: SourcePlan, row_blocks: Path | None) -> Record:
     """Read a block (from `row_blocks`, where its source was cut), judge its cells, write those kept as a run."""
     config = layout.config
-    check_unchanged(source)
-    with source.open() as opened:
+    with unchanged(source), source.open() as opened:
         if row_blocks is not None:
             opened.use_row_blocks(row_blocks)
         cells = tokenize_block(opened, source.genes, block.first, block.last,
@@ -82,7 +78,6 @@ def tokenize_to_run(layout: Layout, block: Block, source: SourcePlan, row_blocks
         groups = source.obs.groups(opened, config.splits, block.first, block.last)
         metadata = source.obs.metadata(opened, config.columns, block.first, block.last)
         offsets = opened.value_offsets(block.first, block.last)
-    check_unchanged(source)
     reasons = judge(cells, passes, config.cells)
     ledger = books.of_block(cells, reasons, splits, where=f"{source.path}, rows {block.first} to {block.last}")
     n_shards = np.array(layout.n_shards)[splits]

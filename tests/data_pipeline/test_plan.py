@@ -7,7 +7,7 @@ import pytest
 
 from data_pipeline import plan as planning
 from data_pipeline.config import CorpusConfig
-from data_pipeline.plan import check_unchanged, expand, make_plan
+from data_pipeline.plan import check_unchanged, expand, make_plan, unchanged
 from scgpt.config import load_config
 from scgpt.errors import ConfigError, ScgptError, SourceError
 from tests.data_pipeline.atlases import BLOOD, CHR21, PANCREAS, config_of, random_counts, write_h5ad
@@ -132,6 +132,17 @@ def test_a_source_that_changes_after_the_plan_is_refused(tmp_path: Path) -> None
     path.unlink()
     with pytest.raises(SourceError, match="changed"):
         check_unchanged(source)
+
+
+def test_an_error_that_came_of_a_change_is_told_as_the_change(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5ad"
+    shutil.copy(BLOOD, path)
+    source = make_plan(config_of(path)).sources[0]
+    with pytest.raises(ValueError, match="as it is"), unchanged(source):
+        raise ValueError("as it is")
+    with pytest.raises(SourceError, match="changed while the corpus was being built"), unchanged(source):
+        os.truncate(path, 100)
+        source.open()
 
 
 def bad_atlas(kind: str, folder: Path) -> Path:

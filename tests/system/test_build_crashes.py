@@ -152,7 +152,7 @@ def test_a_source_that_is_cut_or_damaged_while_it_is_read(build: Build) -> None:
     build.when(process, lambda: build.has(".build/records/block-*"))
     os.truncate(atlas, len(whole) // 2)
     told = build.fails(process, 1)
-    assert "the source changed while the corpus was being built" in told or "cannot be read" in told
+    assert "the source changed while the corpus was being built" in told
     assert "atlas0.h5ad" in told
 
     atlas.write_bytes(whole)

@@ -59,12 +59,14 @@ def test_a_poisoned_step_leaves_weights_and_optimizer_as_if_it_had_not_been(tmp_
                  for precision in ("fp32", "bf16")}
     reference["fp16"] = reference["fp32"]
     assert reference["fp32"]["updates"] == 2
+    # In halves one hidden unit at the kink of its ReLU makes most of the error; a poisoned update makes 0.5 and more.
+    tolerance = TOLERANCE | {"fp16": TOLERANCE["bf16"]}
     settings = (*RAW, "deepspeed.overrides={fp16: {initial_scale_power: 4}}")   # no gradient overflows of itself
     for case, found in zip(CASES[ranks], run_gate(corpus, tmp_path, ranks, CASES[ranks], *settings), strict=True):
         expected = reference[case[2]]
         start = {name: expected["first"][name] for name in expected["weights"]}
         whole, _ = relative_errors(found["weights"], expected["weights"], start)
-        assert whole < TOLERANCE[case[2]], (case, whole)
+        assert whole < tolerance[case[2]], (case, whole)
 
 
 STEPS = ("train.max_steps=40", "train.save_every=10", "train.log_every=4", "schedule.kind=constant",

@@ -1,4 +1,5 @@
 import itertools
+import signal
 import subprocess
 import sys
 import threading
@@ -83,10 +84,11 @@ def test_waiting_is_measured_and_work_done_ahead_is_not():
         assert results.wait_s - first < 0.4
 
 
-@pytest.mark.parametrize("ending", ["", "raise KeyboardInterrupt", "os._exit(0)"])
-def test_nothing_outlives_the_process(ending):
+@pytest.mark.parametrize(("ending", "code"), [("", 0), ("raise KeyboardInterrupt", -signal.SIGINT), ("os._exit(3)", 3)])
+def test_nothing_outlives_the_process(ending, code):
     """A program that drops an endless iterator without closing it ends: else it would run for ever."""
-    code = ("import itertools, os, time; from pretrain.prefetch import Prefetch\n"
-            "results = Prefetch(lambda n: time.sleep(0.01), itertools.count(), workers=2)\n"
-            f"next(results)\n{ending}")
-    subprocess.run([sys.executable, "-c", code], timeout=60, check=False, stderr=subprocess.DEVNULL)
+    program = ("import itertools, os, time; from pretrain.prefetch import Prefetch\n"
+               "results = Prefetch(lambda n: time.sleep(0.01), itertools.count(), workers=2)\n"
+               f"next(results); print('begun', flush=True)\n{ending}")
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("begun\n", code), done.stderr

@@ -24,7 +24,8 @@ RAW = ("objective.input_style=raw",)
 
 def make_corpus(folder: Path, *, n_train: int = 60, poisoned_steps: tuple[int, ...]) -> Path:
     """Cells with small raw values; one cell of each named global batch (of 8, from 0) has an enormous one."""
-    cells = [random_cells([3 + (7 * i) % 50 for i in range(n)], seed=n, source=source, dtype=np.float32)
+    # Seeds n + 1 to n + 3 leave float16 an error of 0.003 to 0.005; with n a unit is at the kink of its ReLU: 0.012.
+    cells = [random_cells([3 + (7 * i) % 50 for i in range(n)], seed=n + 1, source=source, dtype=np.float32)
              for n, source in ((n_train, "a"), (13, "valid"))]
     for part in cells:
         part.expressions[:] = part.expressions % 9 + 1
@@ -59,14 +60,12 @@ def test_a_poisoned_step_leaves_weights_and_optimizer_as_if_it_had_not_been(tmp_
                  for precision in ("fp32", "bf16")}
     reference["fp16"] = reference["fp32"]
     assert reference["fp32"]["updates"] == 2
-    # In halves one hidden unit at the kink of its ReLU makes most of the error; a poisoned update makes 0.5 and more.
-    tolerance = TOLERANCE | {"fp16": TOLERANCE["bf16"]}
     settings = (*RAW, "deepspeed.overrides={fp16: {initial_scale_power: 4}}")   # no gradient overflows of itself
     for case, found in zip(CASES[ranks], run_gate(corpus, tmp_path, ranks, CASES[ranks], *settings), strict=True):
         expected = reference[case[2]]
         start = {name: expected["first"][name] for name in expected["weights"]}
         whole, _ = relative_errors(found["weights"], expected["weights"], start)
-        assert whole < tolerance[case[2]], (case, whole)
+        assert whole < TOLERANCE[case[2]], (case, whole)
 
 
 STEPS = ("train.max_steps=40", "train.save_every=10", "train.log_every=4", "schedule.kind=constant",

@@ -238,7 +238,7 @@ def table(told: dict[str, Any]) -> str:
         lines += [f"| {entry.cores} | {entry.side} | {_rate(entry)} | {entry.median('per_cpu_s'):,.0f} | "
                   f"{entry.median('read_bytes') / 1024:.1f} |" for entry in entries if entry.part == "cold"]
     for context, stages in told.get("stages", {}).items():
-        copied = {"fetch": stages["fetch_bytes"], "load": stages["fetch_bytes"] + stages["batch_bytes"]}
+        copied = dict.fromkeys(("collate", "load"), stages["read_bytes"] + stages["batch_bytes"])
         sizes = (f"context {context}: {stages['values']:,.0f} values, {stages['tokens']:,.0f} tokens a cell; "
                  f"one core copies {stages['copy_bytes_per_s'] / 1e9:.1f} GB/s")
         lines += ["", sizes, "",

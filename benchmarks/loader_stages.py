@@ -127,26 +127,26 @@ def measure(corpus: Path, context: int, rounds: int) -> dict[str, Any]:
         dealt = clocked("deal out", lambda i=indices, n=lengths: loader._dealt(i, config.n_tokens(n)))
         for group in groups(dealt):
             members = np.concatenate(group)
-            found = clocked("fetch", lambda i=indices[members]: cells.fetch(i))
+            found = clocked("views", lambda i=indices[members]: cells.views(i))
             batch = clocked("collate", lambda found=found, epochs=epochs[members]: collate(
                 found, config, cls_id=CLS_ID, seed=0, epochs=epochs))
             parts = clocked("split", lambda batch=batch, group=group: batch.split([len(part) for part in group]))
             clocked("to tensors", lambda parts=parts: [host_tensors(part, "cpu") for part in parts])
             if step:
-                n_values, n_tokens, n_cells = (n_values + len(found.genes), n_tokens + batch.n_tokens,
+                n_values, n_tokens, n_cells = (n_values + int(found.lengths.sum()), n_tokens + batch.n_tokens,
                                                n_cells + len(batch))
         for members in dealt:   # few at a time, so that the room of a stage stays in the cache as that of a cell does
             for name, stage in maths(config, cells.fetch(indices[members])).items():
                 clocked(name, stage)
         clocked("load", lambda step=step: loader.load(step))
     values, tokens = n_values / n_cells, n_tokens / n_cells
-    read, packed = values * (found.genes.itemsize + found.expressions.itemsize), tokens * (4 + 4 + 4 + 1)
+    read, packed = values * (found.gene_type.itemsize + found.expression_type.itemsize), tokens * (4 + 4 + 4 + 1)
     return {"values": values, "tokens": tokens,
             "ns": {stage: statistics.median(taken[stage][1:]) / GLOBAL_BATCH * 1e9 for stage in STAGES},
-            "fetch_bytes": read, "batch_bytes": packed, "copy_bytes_per_s": copy_bytes_per_s()}
+            "read_bytes": read, "batch_bytes": packed, "copy_bytes_per_s": copy_bytes_per_s()}
 
 
-STAGES = ("order", "locate, lengths", "deal out", "fetch", "sample", "edges of the bins", "draws", "bins", "mask",
+STAGES = ("order", "locate, lengths", "deal out", "views", "sample", "edges of the bins", "draws", "bins", "mask",
           "pack", "collate", "split", "to tensors", "load")
 
 

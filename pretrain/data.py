@@ -136,7 +136,7 @@ class Loader:
                  epochs: NDArray[np.int64]) -> list[PackedBatch]:
         """The micro-batches of a group, read and collated together."""
         together = np.concatenate(group)
-        cells = self.cells.fetch(indices[together])
+        cells = self.cells.views(indices[together])
         batch = collate(cells, self.collate_config, cls_id=self.cls_id, seed=self.seed, epochs=epochs[together])
         return self.labels.attach(batch, indices[together]).split([len(places) for places in group])
 

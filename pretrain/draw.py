@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from pretrain.mixture import Mixture
 from pretrain.order import PERIOD, Blocks, deal, permuted, places_of, shares
 from pretrain.thinning import Thinning
-from scgpt.data import RaggedBatch
-from scgpt.data.schema import offsets_of
+from scgpt.data.schema import CellViews, RaggedBatch, offsets_of
 from scgpt.errors import DataError
 from scgpt.rng import PURPOSE_DOMAIN, PURPOSE_MIXTURE, Word, stream
 
@@ -32,6 +31,9 @@ class Cells(Protocol):
 
     def fetch(self, indices: NDArray[np.integer]) -> RaggedBatch:
         """The given cells in the given order, with `cell_id`."""
+
+    def views(self, indices: NDArray[np.integer]) -> CellViews:
+        """The same, where they lie in memory."""
 
     def lengths_of(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
         """Values of the given cells, without reading them."""

@@ -112,7 +112,7 @@ class HeldOut:
         chosen = np.linspace(0, len(train_cells) - 1, n_cells).astype(np.int64)[self.world.rank::self.world.world_size]
         sums = np.zeros((2, n_tokens))
         for first in range(0, len(chosen), _CHUNK_CELLS):
-            cells = train_cells.fetch(chosen[first:first + _CHUNK_CELLS])
+            cells = train_cells.views(chosen[first:first + _CHUNK_CELLS])
             batch = collate(cells, self._collating, cls_id=self.vocab[CLS], seed=EVALUATION_SEED,
                             epochs=0, mask=False)
             is_gene = batch.gene_ids != self.vocab[CLS]

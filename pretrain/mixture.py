@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scgpt.data import RaggedBatch, TokenDataset
-from scgpt.data.schema import offsets_of
+from scgpt.data.schema import CellViews, offsets_of
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,14 @@ class Mixture:
         joined = RaggedBatch.concatenate(fetched)
         places = np.concatenate([places for _, places, _ in parts])
         return joined.take(np.argsort(places, kind="stable"))
+
+    def views(self, indices: NDArray[np.integer]) -> CellViews:
+        """The given cells in the given order, where they lie in memory, if their values are of one type there."""
+        parts = list(self._by_corpus(indices))
+        views = [part.views(own) for part, _, own in parts]
+        if any(part.expression_type != self._value_type for part in views):
+            return self.fetch(indices).views()
+        return CellViews.joined(views, np.argsort(np.concatenate([places for _, places, _ in parts])))
 
     @cached_property
     def _value_type(self) -> np.dtype[np.generic]:

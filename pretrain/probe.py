@@ -87,7 +87,7 @@ class Probe:
 
     def _embed(self, engine: Engine, indices: NDArray[np.int64]) -> NDArray[np.float64]:
         collating = replace(self.config.collate_config(), task="pcpt")
-        batch = collate(self.cells.fetch(indices), collating, cls_id=self.cls_id, seed=EVALUATION_SEED, epochs=0,
+        batch = collate(self.cells.views(indices), collating, cls_id=self.cls_id, seed=EVALUATION_SEED, epochs=0,
                         mask=False)
         labels = self.labels.attach(batch, indices)
         found: NDArray[np.float64] = engine.embed(to_tensors(labels, self.world.device)).cpu().numpy()

@@ -32,7 +32,8 @@ class Scratch(NamedTuple):
 
     sorted_keys: NDArray[np.uint32]  # (longest cell,)
     spare: NDArray[np.uint32]        # (longest cell,)
-    ends: NDArray[np.int32]          # (COUNTERS, TABLE) counters of the values; ends[0] then how many are up to each
+    ends: NDArray[np.int32]          # (COUNTERS x TABLE,) counters of the values; the first TABLE then how many are
+    #                                  up to each
     starts: NDArray[np.int32]        # (digits,) of the radix sort
     around: NDArray[np.float64]      # (2, n_bins - 1) values on either side of each edge
     edges: NDArray[np.float64]       # (n_bins - 1,)
@@ -42,7 +43,7 @@ class Scratch(NamedTuple):
 def scratch_for(longest: int, n_bins: int) -> Scratch:
     """Room for cells of up to `longest` values."""
     return Scratch(np.empty(longest, np.uint32), np.empty(longest, np.uint32),
-                   np.empty((COUNTERS, TABLE), np.int32), np.empty(_LAST_DIGIT + 1, np.int32),
+                   np.empty(COUNTERS * TABLE, np.int32), np.empty(_LAST_DIGIT + 1, np.int32),
                    np.empty((2, n_bins - 1)), np.empty(n_bins - 1), np.empty(TABLE + 1, np.uint32))
 
 
@@ -144,13 +145,13 @@ def _sort_by_radix(keys: NDArray[np.unsignedinteger], ordered: NDArray[np.uint32
 
 @njit(cache=True, nogil=True)
 def count(keys: NDArray[np.unsignedinteger], ends: NDArray[np.int32], larger: NDArray[np.uint32]) -> int:
-    """ends[0, x] = keys <= x, for each x below TABLE; the other keys go to the beginning of `larger`.
+    """ends[x] = keys <= x, for each x below TABLE; the other keys go to the beginning of `larger`.
 
     Counters of each value are taken in turn: most counts are 1, and one counter would wait for itself.
 
     Args:
         keys: (values,) uint16 or uint32.
-        ends: (COUNTERS, TABLE), overwritten.
+        ends: (COUNTERS x TABLE,), overwritten; flat, so that where each counter lies is known to the compiler.
         larger: (>= values,), overwritten.
 
     Returns how many keys are below TABLE.
@@ -164,25 +165,25 @@ def count(keys: NDArray[np.unsignedinteger], ends: NDArray[np.int32], larger: ND
             united |= np.uint64(keys[first + counter])
         if united < np.uint64(TABLE):
             for counter in range(COUNTERS):
-                ends[counter, np.uint64(keys[first + counter])] += 1
+                ends[np.uint64(counter * TABLE) + np.uint64(keys[first + counter])] += np.int32(1)
         else:
             n_larger = _count_one_by_one(keys, first, first + COUNTERS, ends, larger, n_larger)
     n_larger = _count_one_by_one(keys, whole, n_values, ends, larger, n_larger)
     for counter in range(1, COUNTERS):
         for value in range(TABLE):
-            ends[0, value] += ends[counter, value]
+            ends[value] += ends[counter * TABLE + value]
     for value in range(1, TABLE):
-        ends[0, value] += ends[0, value - 1]
+        ends[value] += ends[value - 1]
     return n_values - n_larger
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _count_one_by_one(keys: NDArray[np.unsignedinteger], first: int, stop: int, ends: NDArray[np.int32],
                       larger: NDArray[np.uint32], n_larger: int) -> int:
     """Count keys[first:stop], of which some are TABLE or more; returns how many larger ones there are by then."""
     for i in range(first, stop):
         if keys[i] < TABLE:
-            ends[0, np.uint64(keys[i])] += 1
+            ends[np.uint64(keys[i])] += np.int32(1)
         else:
             larger[n_larger] = keys[i]
             n_larger += 1
@@ -192,7 +193,7 @@ def _count_one_by_one(keys: NDArray[np.unsignedinteger], first: int, stop: int, 
 @njit(cache=True, nogil=True)
 def _value_at(rank: int, value: int, ends: NDArray[np.int32]) -> int:
     """The counted value of that rank (from 0), looked for from `value` upwards."""
-    while ends[0, value] <= rank:
+    while ends[value] <= rank:
         value += 1
     return value
 

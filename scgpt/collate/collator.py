@@ -1,8 +1,10 @@
-"""RaggedBatch -> PackedBatch: each cell sampled, binned, masked or split, and packed by one compiled loop.
+"""Cells -> PackedBatch: each cell sampled, binned, masked or split, and packed by one compiled loop.
 
 Every draw is keyed by (seed, epoch, cell_id, purpose), so a cell's tokens depend on nothing else: not on its neighbours
 in the batch, the rank, the worker or the step. Bins are those of the whole cell, not of the sample, as upstream's. The
-loop releases the GIL. Its machine code is cached beside the source; the first call in a fresh clone compiles it.
+loop reads the cells where they lie, for a mapped corpus its pages, and has the beginning of the next cell come to the
+cache meanwhile. It releases the GIL. Its machine code is cached beside the source; the first call in a fresh clone
+compiles it.
 """
 import hashlib
 from collections.abc import Callable, Mapping
@@ -28,9 +30,11 @@ from scgpt.collate.binning import (
 )
 from scgpt.collate.masking import draw_ratio, hide, split
 from scgpt.collate.packing import PackedBatch
-from scgpt.collate.sampling import BLOCK, sample, take
+from scgpt.collate.sampling import BLOCK, any_above, copy, sample, take
 from scgpt.collate.unexpressed import add_unexpressed
-from scgpt.data.schema import CELL_ID, RaggedBatch
+from scgpt.data import gather
+from scgpt.data.gather import ask_for, at
+from scgpt.data.schema import CellViews, RaggedBatch
 from scgpt.errors import ConfigError, DataError
 from scgpt.rng import PURPOSE_SAMPLE, PURPOSE_SPLIT, PURPOSE_VALUE, fill, stream
 
@@ -38,6 +42,7 @@ InputStyle = Literal["binned", "log1p", "raw"]
 TieRule = Literal["spread", "highest"]
 Task = Literal["pcpt", "gen", "both"]
 _BINNED, _LOG1P, _RAW = 0, 1, 2
+_LINES = 8   # of the next cell's genes and expressions each; the processor itself goes on from there
 _STYLES = {"binned": _BINNED, "log1p": _LOG1P, "raw": _RAW}
 
 
@@ -94,8 +99,8 @@ class CollateConfig:
         return np.minimum(self.with_unexpressed(lengths), self.context_length - 1) + 1
 
 
-def collate(cells: RaggedBatch, config: CollateConfig, *, cls_id: int, seed: int, epochs: NDArray[np.int64] | int,
-            mask: bool = True) -> PackedBatch:
+def collate(cells: RaggedBatch | CellViews, config: CollateConfig, *, cls_id: int, seed: int,
+            epochs: NDArray[np.int64] | int, mask: bool = True) -> PackedBatch:
     """Sample, bin, mask and pack cells that satisfy the invariants of the format.
 
     Args:
@@ -106,11 +111,11 @@ def collate(cells: RaggedBatch, config: CollateConfig, *, cls_id: int, seed: int
         epochs: passes over the corpus before this one, of each cell, (cells,), or of all.
         mask: False hides nothing (embedding).
 
-    Raises DataError when the batch has more tokens than int32 boundaries can name, ConfigError where unexpressed genes
-    are to be drawn from none.
+    Raises DataError when the batch has more tokens than int32 boundaries can name, and where views show a gene id
+    outside the vocabulary; ConfigError where unexpressed genes are to be drawn from none.
     """
-    cell_ids = np.ascontiguousarray(cells.columns[CELL_ID], np.uint64)
-    expressed, lengths = cells.lengths, config.n_tokens(cells.lengths)
+    cells = cells.views() if isinstance(cells, RaggedBatch) else cells
+    cell_ids, expressed, lengths = cells.cell_ids, cells.lengths, config.n_tokens(cells.lengths)
     n_tokens = int(lengths.sum())
     if n_tokens > np.iinfo(np.int32).max:
         raise DataError(f"a batch of {len(cells)} cells has {n_tokens} tokens, more than int32 can count",
@@ -126,17 +131,21 @@ def collate(cells: RaggedBatch, config: CollateConfig, *, cls_id: int, seed: int
             raise ConfigError("unexpressed genes are asked for, but not which genes there are",
                               where="CollateConfig.gene_ids", fix="give the ids of the vocabulary's genes")
         cells = add_unexpressed(cells, config.with_unexpressed(expressed), config.gene_ids, seed=seed,
-                                cell_ids=cell_ids, epochs=epoch_of)
+                                epochs=epoch_of).views()
     longest = int(cells.lengths.max(initial=0))
     scratch = scratch_for(longest, config.n_bins)
     recipe = _Recipe(np.uint64(seed), int(cls_id), float(config.cls_value), float(config.mask_value),
                      np.array(config.mask_ratio if mask else (0.0,)), min(config.context_length - 1, longest),
                      config.task != "pcpt", _STYLES[config.input_style], config.tie_rule == "spread",
-                     cells.expressions.dtype != np.float32, probabilities(config.n_bins))
-    _collate_cells(cells.genes, cells.expressions, sort_keys(cells.expressions), cells.offsets, expressed, cell_ids,
-                   epoch_of, recipe, scratch, as_values(scratch.sorted_keys, cells.expressions.dtype),
-                   packed.gene_ids, packed.values, packed.targets, packed.target_mask, cu_seqlens,
-                   np.empty(0, np.int32) if packed.perception_lengths is None else packed.perception_lengths)
+                     cells.expression_type != np.float32, probabilities(config.n_bins), np.uint32(cells.n_tokens - 1))
+    like_genes, like_expressions = np.empty(0, cells.gene_type), np.empty(0, cells.expression_type)
+    damaged = _collate_cells(cells.genes, cells.expressions, cells.lengths, like_genes, like_expressions,
+                             sort_keys(like_expressions), expressed, cell_ids, epoch_of, recipe, scratch,
+                             as_values(scratch.sorted_keys, cells.expression_type),
+                             packed.gene_ids, packed.values, packed.targets, packed.target_mask, cu_seqlens,
+                             np.empty(0, np.int32) if packed.perception_lengths is None else packed.perception_lengths)
+    if damaged >= 0:
+        raise cells.damaged(damaged)
     return packed
 
 
@@ -154,9 +163,10 @@ class _Recipe(NamedTuple):
     spread: bool
     integers: bool                     # expressions are integers
     at: NDArray[np.float64]            # (n_bins - 1,) probabilities of the edges
+    last_id: np.uint32                 # of the vocabulary
 
 
-def _compiled(sources: str) -> Callable[..., None]:
+def _compiled(sources: str) -> Callable[..., int]:
     """The compiled loop over cells.
 
     Numba keeps its machine code and notices a change of this file alone, but the steps that the loop calls are compiled
@@ -164,26 +174,37 @@ def _compiled(sources: str) -> Callable[..., None]:
     """
 
     @njit(cache=True, nogil=True)
-    def collate_cells(genes: NDArray[np.unsignedinteger], expressions: NDArray[np.generic],
-                      keys: NDArray[np.unsignedinteger], offsets: NDArray[np.int64], expressed: NDArray[np.int64],
+    def collate_cells(genes_at: NDArray[np.uint64], expressions_at: NDArray[np.uint64], lengths: NDArray[np.int64],
+                      like_genes: NDArray[np.unsignedinteger], like_expressions: NDArray[np.generic],
+                      like_keys: NDArray[np.unsignedinteger], expressed: NDArray[np.int64],
                       cell_ids: NDArray[np.uint64], epochs: NDArray[np.int64], recipe: _Recipe, scratch: Scratch,
                       ordered: NDArray[np.generic], gene_ids: NDArray[np.int32], values: NDArray[np.float32],
                       targets: NDArray[np.float32], target_mask: NDArray[np.bool_],
-                      cu_seqlens: NDArray[np.int32], perception_lengths: NDArray[np.int32]) -> None:
+                      cu_seqlens: NDArray[np.int32], perception_lengths: NDArray[np.int32]) -> int:
         """Fill `gene_ids`, `values`, `targets` and `target_mask`, (tokens,) each, and, where cells are split,
-        `perception_lengths`, (cells,); `expressed`: (cells,) genes of each with a value above 0, its first ones;
+        `perception_lengths`, (cells,), from cells of `lengths` values at the addresses `genes_at` and `expressions_at`;
+        arrays called `like_` tell types; `expressed`: (cells,) genes of each with a value above 0, its first ones;
         `ordered`: `scratch.sorted_keys` as values.
+
+        Returns a cell that holds a gene id outside the vocabulary, -1 where none does.
         """
         _ = sources
+        damaged = -1
         chosen, moved = np.empty(recipe.n_wanted + 1, np.int32), np.empty(recipe.n_wanted + 1, np.int32)
         limits, words = np.empty(BLOCK, np.uint64), np.empty(recipe.n_wanted, np.uint64)
         for cell in range(len(cell_ids)):
             epoch, cell_id = epochs[cell], cell_ids[cell]
-            begin, end, first, stop = offsets[cell], offsets[cell + 1], cu_seqlens[cell], cu_seqlens[cell + 1]
-            of_cell, shown, bins = expressions[begin:end], values[first + 1:stop], targets[first + 1:stop]
+            if cell + 1 < len(cell_ids):
+                ask_for(expressions_at[cell + 1], _LINES)
+                ask_for(genes_at[cell + 1], _LINES)
+            n_values, first, stop = lengths[cell], cu_seqlens[cell], cu_seqlens[cell + 1]
+            genes, expressions = (at(genes_at[cell], like_genes, n_values),
+                                  at(expressions_at[cell], like_expressions, n_values))
+            keys = at(expressions_at[cell], like_keys, n_values)
+            ids, shown, bins = gene_ids[first + 1:stop], values[first + 1:stop], targets[first + 1:stop]
             gene_ids[first], targets[first], values[first] = recipe.cls_id, recipe.cls_value, recipe.cls_value
             target_mask[first] = False
-            n_chosen = sample(stream(recipe.seed, epoch, cell_id, PURPOSE_SAMPLE), chosen, end - begin, recipe.n_wanted,
+            n_chosen = sample(stream(recipe.seed, epoch, cell_id, PURPOSE_SAMPLE), chosen, n_values, recipe.n_wanted,
                               limits)
             ratio = draw_ratio(recipe.seed, epoch, cell_id, recipe.mask_ratios)
             n_seen = n_chosen
@@ -191,17 +212,22 @@ def _compiled(sources: str) -> Callable[..., None]:
                 n_seen = split(stream(recipe.seed, epoch, cell_id, PURPOSE_SPLIT), ratio, chosen, n_chosen, moved,
                                limits)
                 perception_lengths[cell] = 1 + n_seen
-            take(genes[begin:end], chosen, gene_ids[first + 1:stop])
+            if n_chosen == n_values and not recipe.split:
+                copy(genes, ids)
+            else:
+                take(genes, chosen, ids)
+            if any_above(ids, recipe.last_id):
+                damaged = cell
             of_values = words[:n_chosen]
             fill(stream(recipe.seed, epoch, cell_id, PURPOSE_VALUE), chosen, of_values)
             if recipe.style == _BINNED and expressed[cell] > 0:
-                fill_edges(keys[begin:begin + expressed[cell]], recipe.integers, ordered, recipe.at, scratch)
+                fill_edges(keys[:expressed[cell]], recipe.integers, ordered, recipe.at, scratch)
                 table_end = fill_table(recipe.integers, scratch)
-                find_bins(of_cell, keys[begin:end], chosen, n_chosen, table_end, scratch)
+                find_bins(expressions, keys, chosen, n_chosen, table_end, scratch)
                 draw_bins(scratch.spare, of_values, recipe.spread, bins)
             else:
                 for t in range(n_chosen):
-                    value = np.float64(of_cell[chosen[t]])
+                    value = np.float64(expressions[chosen[t]])
                     bins[t] = np.log1p(value) if recipe.style == _LOG1P else value
             if recipe.split:
                 for t in range(n_chosen):
@@ -209,9 +235,10 @@ def _compiled(sources: str) -> Callable[..., None]:
                     target_mask[first + 1 + t] = t >= n_seen
             else:
                 hide(of_values, ratio, recipe.mask_value, bins, shown, target_mask[first + 1:stop])
+        return damaged
 
     return collate_cells
 
 
 _collate_cells = _compiled(hashlib.sha256(b"".join(
-    Path(str(step.__file__)).read_bytes() for step in (sampling, binning, masking))).hexdigest())
+    Path(str(step.__file__)).read_bytes() for step in (gather, sampling, binning, masking))).hexdigest())

@@ -44,6 +44,22 @@ def sample(key: np.uint64, chosen: NDArray[np.int32], n_values: int, n_wanted: i
 
 
 @njit(cache=True, nogil=True)
+def any_above(ids: NDArray[np.int32], last: np.uint32) -> bool:
+    """Whether an id, read as unsigned, is above `last`; a loop of its own compiles to vector operations."""
+    found = np.uint32(0)
+    for t in range(len(ids)):
+        found |= np.uint32(np.uint32(ids[t]) > last)
+    return bool(found > 0)
+
+
+@njit(cache=True, nogil=True)
+def copy(values: NDArray[np.generic], out: NDArray[np.generic]) -> None:
+    """out[t] = values[t], in the type of `out`; a loop of its own compiles to vector operations."""
+    for t in range(len(out)):
+        out[t] = values[t]
+
+
+@njit(cache=True, nogil=True)
 def take(values: NDArray[np.generic], chosen: NDArray[np.int32], out: NDArray[np.generic]) -> None:
     """out[t] = values[chosen[t]], in the type of `out`."""
     for t in range(len(out)):

@@ -8,48 +8,56 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from scgpt.data.schema import RaggedBatch, offsets_of
+from scgpt.data.gather import at
+from scgpt.data.schema import CELL_ID, CellViews, RaggedBatch, offsets_of
 from scgpt.rng import PURPOSE_UNEXPRESSED, Word, below, stream
 
 
-def add_unexpressed(cells: RaggedBatch, lengths: NDArray[np.int64], gene_ids: NDArray[np.int32], *, seed: Word,
-                    cell_ids: NDArray[np.uint64], epochs: NDArray[np.int64]) -> RaggedBatch:
+def add_unexpressed(cells: CellViews, lengths: NDArray[np.int64], gene_ids: NDArray[np.int32], *, seed: Word,
+                    epochs: NDArray[np.int64]) -> RaggedBatch:
     """The cells with genes of value 0 behind those that they express.
 
     Args:
         cells: their genes are among `gene_ids`.
         lengths: (cells,) genes of each afterwards, at most `len(gene_ids)`.
         gene_ids: (genes,) the vocabulary's, without special tokens.
-        seed: with `cell_ids`, (cells,), and `epochs`, (cells,), the key of the draws.
-        cell_ids: see `seed`.
+        seed: with the ids of the cells and `epochs`, (cells,), the key of the draws.
         epochs: see `seed`.
+
+    Raises DataError where a cell holds a gene id outside the vocabulary.
     """
     offsets = offsets_of(lengths)
-    genes, expressions = np.empty(offsets[-1], cells.genes.dtype), np.empty(offsets[-1], cells.expressions.dtype)
-    known = max(int(gene_ids.max(initial=0)), int(cells.genes.max(initial=0))) + 1
-    _fill(cells.genes, cells.expressions, cells.offsets, np.uint64(seed), cell_ids, epochs, gene_ids,
-          np.zeros(known, np.bool_), offsets, genes, expressions)
-    return RaggedBatch(genes, expressions, offsets, cells.columns)
+    genes, expressions = np.empty(offsets[-1], cells.gene_type), np.empty(offsets[-1], cells.expression_type)
+    known = max(int(gene_ids.max(initial=0)) + 1, cells.n_tokens)
+    damaged = _fill(cells.genes, cells.expressions, cells.lengths, np.uint64(seed), cells.cell_ids, epochs, gene_ids,
+                    np.zeros(known, np.bool_), offsets, genes, expressions)
+    if damaged >= 0:
+        raise cells.damaged(damaged)
+    return RaggedBatch(genes, expressions, offsets, {CELL_ID: cells.cell_ids})
 
 
 @njit(cache=True, nogil=True)
-def _fill(genes: NDArray[np.unsignedinteger], expressions: NDArray[np.generic], offsets: NDArray[np.int64], seed: Word,
+def _fill(genes_at: NDArray[np.uint64], expressions_at: NDArray[np.uint64], lengths: NDArray[np.int64], seed: Word,
           cell_ids: NDArray[np.uint64], epochs: NDArray[np.int64], gene_ids: NDArray[np.int32],
           marked: NDArray[np.bool_], out_offsets: NDArray[np.int64], out_genes: NDArray[np.unsignedinteger],
-          out_expressions: NDArray[np.generic]) -> None:
-    """`marked`: (largest id + 1,) False; left so."""
+          out_expressions: NDArray[np.generic]) -> int:
+    """`marked`: (largest id + 1,) False; left so. Returns a cell with a larger id, at once; -1 where none has."""
     for cell in range(len(cell_ids)):
-        begin, end, first, stop = offsets[cell], offsets[cell + 1], out_offsets[cell], out_offsets[cell + 1]
-        n_expressed = end - begin
+        first, stop, n_expressed = out_offsets[cell], out_offsets[cell + 1], lengths[cell]
+        genes, expressions = (at(genes_at[cell], out_genes, n_expressed),
+                              at(expressions_at[cell], out_expressions, n_expressed))
         for i in range(n_expressed):
-            out_genes[first + i], out_expressions[first + i] = genes[begin + i], expressions[begin + i]
-            marked[genes[begin + i]] = True
+            if genes[i] >= len(marked):
+                return cell
+            out_genes[first + i], out_expressions[first + i] = genes[i], expressions[i]
+            marked[genes[i]] = True
         for i in range(first + n_expressed, stop):
             out_expressions[i] = 0
         key = stream(seed, epochs[cell], cell_ids[cell], PURPOSE_UNEXPRESSED)
         _draw(key, gene_ids, marked, out_genes[first + n_expressed:stop])
         for i in range(first, stop):
             marked[out_genes[i]] = False
+    return -1
 
 
 @njit(cache=True, nogil=True)

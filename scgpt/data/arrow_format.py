@@ -20,7 +20,7 @@ from scgpt.data.corpus_files import RESTORE, CorpusFiles
 from scgpt.data.ipc_message import Codec
 from scgpt.data.manifest import BatchEntry, ShardEntry, check_sizes
 from scgpt.data.read_ahead import ReadAhead, map_for_random_reads
-from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, RaggedBatch, offsets_of
+from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, CellViews, RaggedBatch, offsets_of
 from scgpt.errors import DataError
 
 MAX_BATCH_VALUES = 1 << 20   # values of a record batch: 4 MiB at 4 bytes a value; one cell may exceed it
@@ -107,12 +107,26 @@ class ArrowShards:
         offsets = offsets_of(self._lengths(cells, batches, rows))
         found = RaggedBatch(np.empty(offsets[-1], self.gene_type), np.empty(offsets[-1], self.expression_type), offsets,
                             {CELL_ID: np.empty(len(cells), np.uint64)})
-        columns = [(self.genes, self.gene_type.itemsize), (self.expressions, self.expression_type.itemsize)]
-        asked = self.read_ahead.begin(columns, self.offsets, batches, rows)
+        self._read_ahead(batches, rows)
         gather.cells(self.genes, self.expressions, self.ids, self.offsets, batches, rows, np.arange(len(cells)),
                      found.genes, found.expressions, offsets, found.columns[CELL_ID])
-        self.read_ahead.end(asked, len(cells))
         return found
+
+    def views(self, cells: NDArray[np.int64]) -> CellViews:
+        """The given cells, in the given order, where they are mapped; reads no value."""
+        from scgpt.data import gather
+
+        batches, rows = self._locate(cells)
+        lengths = self._lengths(cells, batches, rows)
+        genes, expressions, ids = np.empty((3, len(cells)), np.uint64)
+        gather.locate(self.genes, self.expressions, self.ids, self.offsets, batches, rows,
+                      (self.gene_type.itemsize, self.expression_type.itemsize), genes, expressions, ids)
+        self._read_ahead(batches, rows)
+        return CellViews(genes, expressions, lengths, ids, self.gene_type, self.expression_type, 1 << 32, self.mappings)
+
+    def _read_ahead(self, batches: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+        columns = [(self.genes, self.gene_type.itemsize), (self.expressions, self.expression_type.itemsize)]
+        self.read_ahead.ask(columns, self.offsets, batches, rows)
 
     def _lengths(self, cells: NDArray[np.int64], batches: NDArray[np.int64], rows: NDArray[np.int64],
                  ) -> NDArray[np.int64]:

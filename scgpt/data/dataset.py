@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from scgpt.data.corpus_files import RESTORE, CorpusFiles
 from scgpt.data.manifest import VOCAB, Manifest, SplitEntry
-from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, RaggedBatch
+from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, CellViews, RaggedBatch
 from scgpt.data.shards import Shards, open_shards
 from scgpt.data.verify import verify_cells, verify_files
 from scgpt.errors import DataError
@@ -91,12 +92,23 @@ class TokenDataset:
         """
         wanted = self._checked(indices)
         cells = self.shards.fetch(wanted)
-        n_tokens = self.manifest.vocab.tokens
-        if cells.genes.max(initial=0) >= n_tokens:
-            cell = wanted[np.searchsorted(cells.offsets, cells.genes.argmax(), side="right") - 1]
-            raise DataError(f"cell {cell} of split '{self.split}' holds a gene id beyond the vocabulary of {n_tokens} "
-                            "tokens", where=self.files.where(), fix="find the damaged file with: scgpt data verify")
+        if cells.genes.max(initial=0) >= self.manifest.vocab.tokens:
+            raise self._damaged(wanted[np.searchsorted(cells.offsets, cells.genes.argmax(), side="right") - 1])
         return cells
+
+    def views(self, indices: NDArray[np.integer]) -> CellViews:
+        """The given cells, in the given order, where they lie in memory: `fetch` for who reads them once.
+
+        Raises IndexError for an index outside the split; who reads the views checks that their ids are genes.
+        """
+        wanted = self._checked(indices)
+        return replace(self.shards.views(wanted), n_tokens=self.manifest.vocab.tokens,
+                       damaged=lambda place: self._damaged(wanted[place]))
+
+    def _damaged(self, cell: np.int64) -> DataError:
+        return DataError(f"cell {cell} of split '{self.split}' holds a gene id beyond the vocabulary of "
+                         f"{self.manifest.vocab.tokens} tokens", where=self.files.where(),
+                         fix="find the damaged file with: scgpt data verify")
 
     def lengths_of(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
         """Values of the given cells, (cells,), read from the list boundaries alone."""

@@ -1,9 +1,10 @@
-"""Copy cells out of record batches and chunks: compiled loops over raw addresses, loaded on the first read.
+"""Find cells in record batches and chunks, and copy them out: compiled loops over raw addresses.
 
 A batch is known by the addresses of its buffers, so one loop serves all batches of all shards; it releases the GIL, and
 costs one memory copy a cell. Cells lie at random, so a processor that reads one after the other mostly waits for the
 first lines of the next: they are asked for two cells ahead, which with memcpy instead of a loop over values made reads
-three times as fast. The addresses must stay mapped while a call runs: `ArrowShards` owns the mappings.
+three times as fast. The addresses must stay mapped while a call runs: `ArrowShards` owns the mappings. Loaded on the
+first read.
 """
 import mmap
 
@@ -59,6 +60,19 @@ def _prefetch(typing_context, address):  # type: ignore[no-untyped-def]
     return types.void(types.uint64), generate
 
 
+@njit(cache=True, nogil=True, inline="always")
+def at(address, like, n_values):  # type: ignore[no-untyped-def]
+    """The values at an address (uint64), (n_values,) in the type of the array `like`; neither is checked."""
+    return carray(_pointer(address, like), n_values)  # type: ignore[call-arg]
+
+
+@njit(cache=True, nogil=True, inline="always")
+def ask_for(address, n_lines):  # type: ignore[no-untyped-def]
+    """Have the cache lines at an address (uint64) and behind it come to the cache; no address is wrong."""
+    for line in range(n_lines):
+        _prefetch(address + np.uint64(line * _LINE_BYTES))  # type: ignore[call-arg]
+
+
 @njit(cache=True, nogil=True)
 def lengths(offset_addresses, n_values, batches, rows, out):  # type: ignore[no-untyped-def]
     """out[i] = number of values of cell rows[i] of record batch batches[i] (int32 list offsets at the address).
@@ -67,7 +81,7 @@ def lengths(offset_addresses, n_values, batches, rows, out):  # type: ignore[no-
     """
     like = np.empty(0, np.int32)
     for i in range(len(rows)):
-        offsets = carray(_pointer(offset_addresses[batches[i]], like), rows[i] + 2)  # type: ignore[call-arg]
+        offsets = at(offset_addresses[batches[i]], like, rows[i] + 2)
         first, last = offsets[rows[i]], offsets[rows[i] + 1]
         out[i] = last - first if 0 <= first <= last <= n_values[batches[i]] else -1
 
@@ -76,7 +90,24 @@ def lengths(offset_addresses, n_values, batches, rows, out):  # type: ignore[no-
 def items(addresses, batches, rows, out):  # type: ignore[no-untyped-def]
     """out[i] = item rows[i] of the flat column of record batch batches[i]."""
     for i in range(len(rows)):
-        out[i] = carray(_pointer(addresses[batches[i]], out), rows[i] + 1)[rows[i]]  # type: ignore[call-arg]
+        out[i] = at(addresses[batches[i]], out, rows[i] + 1)[rows[i]]
+
+
+@njit(cache=True, nogil=True)
+def locate(genes, expressions, ids, offsets, batches, rows, widths,  # type: ignore[no-untyped-def]
+           out_genes, out_expressions, out_ids):
+    """Write where the values of cell rows[i] of record batch batches[i] begin, and its id, to the last three arrays.
+
+    `genes`, `expressions`, `ids` and `offsets` are the addresses of each batch's buffers; `widths`: the bytes of a gene
+    and of an expression.
+    """
+    like = np.empty(0, np.int32)
+    for i in range(len(rows)):
+        batch = batches[i]
+        first = np.uint64(at(offsets[batch], like, rows[i] + 1)[rows[i]])
+        out_genes[i] = genes[batch] + first * np.uint64(widths[0])
+        out_expressions[i] = expressions[batch] + first * np.uint64(widths[1])
+        out_ids[i] = at(ids[batch], out_ids, rows[i] + 1)[rows[i]]
 
 
 @njit(cache=True, nogil=True)
@@ -84,22 +115,18 @@ def cells(genes, expressions, ids, offsets, batches, rows, places,  # type: igno
           out_genes, out_expressions, out_offsets, out_ids):
     """Copy cell rows[i] of record batch batches[i] to cell places[i] of the RaggedBatch of the last four arrays.
 
-    `genes`, `expressions`, `ids` and `offsets` are the addresses of each batch's buffers; `out_offsets` is filled.
+    See `locate`; `out_offsets` is filled.
     """
-    like = np.empty(0, np.int32)
     n_cells = len(rows)
     gene_starts, expression_starts = np.empty(n_cells, np.uint64), np.empty(n_cells, np.uint64)
+    cell_ids = np.empty(n_cells, np.uint64)
+    locate(genes, expressions, ids, offsets, batches, rows, (out_genes.itemsize, out_expressions.itemsize),
+           gene_starts, expression_starts, cell_ids)
     for i in range(n_cells):
-        batch = batches[i]
-        first = np.uint64(carray(_pointer(offsets[batch], like), rows[i] + 1)[rows[i]])  # type: ignore[call-arg]
-        gene_starts[i] = genes[batch] + first * np.uint64(out_genes.itemsize)
-        expression_starts[i] = expressions[batch] + first * np.uint64(out_expressions.itemsize)
-        out_ids[places[i]] = carray(_pointer(ids[batch], out_ids), rows[i] + 1)[rows[i]]
-    for i in range(n_cells):
+        out_ids[places[i]] = cell_ids[i]
         if i + _AHEAD < n_cells:
-            for line in range(_LINES):
-                _prefetch(gene_starts[i + _AHEAD] + np.uint64(line * _LINE_BYTES))  # type: ignore[call-arg]
-                _prefetch(expression_starts[i + _AHEAD] + np.uint64(line * _LINE_BYTES))
+            ask_for(gene_starts[i + _AHEAD], _LINES)
+            ask_for(expression_starts[i + _AHEAD], _LINES)
         start = out_offsets[places[i]]
         n_values = out_offsets[places[i] + 1] - start
         _copy(out_genes, start, gene_starts[i], n_values * out_genes.itemsize)  # type: ignore[call-arg]
@@ -113,17 +140,17 @@ def will_need(addresses, offsets, batches, rows, width):  # type: ignore[no-unty
     like = np.empty(0, np.int32)
     start = stop = np.uint64(0)
     for i in range(len(rows)):
-        bounds = carray(_pointer(offsets[batches[i]], like), rows[i] + 2)  # type: ignore[call-arg]
+        bounds = at(offsets[batches[i]], like, rows[i] + 2)
         begin = addresses[batches[i]] + np.uint64(bounds[rows[i]]) * np.uint64(width)
         if not stop <= begin <= stop + _PAGE_BYTES:
-            _ask_for(start, stop)
+            _begin_to_read(start, stop)
             start = begin
         stop = addresses[batches[i]] + np.uint64(bounds[rows[i] + 1]) * np.uint64(width)
-    _ask_for(start, stop)
+    _begin_to_read(start, stop)
 
 
 @njit(cache=True, nogil=True)
-def _ask_for(start, stop):  # type: ignore[no-untyped-def]
+def _begin_to_read(start, stop):  # type: ignore[no-untyped-def]
     """Begin to read the pages of [start, stop); a hint, so a refusal is none of our business."""
     if stop > start:
         page = start - start % _PAGE_BYTES

@@ -8,6 +8,7 @@ missing.
 import ctypes
 import mmap
 import resource
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -28,18 +29,22 @@ def map_for_random_reads(path: str) -> pa.NativeFile:
 
 
 class ReadAhead:
-    """Tells the kernel of the cells of each fetch while fetches find pages missing; the first ones always."""
+    """Tells the kernel of the cells that are read next while reading finds pages missing; of the first ones always."""
 
     def __init__(self) -> None:
         self._left = _TOLD_CELLS   # threads share it: a lost count costs nothing
+        self._thread = threading.local()   # `last`: its missing pages before it read its last cells, and their number
 
-    def begin(self, columns: list[tuple[NDArray[np.uint64], int]], offsets: NDArray[np.uint64],
-              batches: NDArray[np.int64], rows: NDArray[np.int64]) -> int:
-        """Ask for the values of cells rows[i] of record batches batches[i]; a number to `end` with.
+    def ask(self, columns: list[tuple[NDArray[np.uint64], int]], offsets: NDArray[np.uint64],
+            batches: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+        """Ask for the values of cells rows[i] of record batches batches[i], which this thread is about to read.
 
         `columns`: for each, the addresses of its values in every batch and the bytes of a value; `offsets`: the
         addresses of the list boundaries.
         """
+        before, n_cells = getattr(self._thread, "last", (0, None))
+        if n_cells is not None and _missing_pages() - before > n_cells // _CELLS_A_PAGE:
+            self._left = _TOLD_CELLS   # the last cells had many pages that were missing and not asked for
         if self._left > 0:
             from scgpt.data import gather
 
@@ -47,12 +52,7 @@ class ReadAhead:
             stored = np.lexsort((rows, batches))   # neighbours, whatever order they are wanted in, are one range
             for addresses, width in columns:
                 gather.will_need(addresses, offsets, batches[stored], rows[stored], width)
-        return _missing_pages()
-
-    def end(self, before: int, n_cells: int) -> None:
-        """Note whether the cells, read by now, had many pages that were missing and not asked for; a few cost less."""
-        if _missing_pages() - before > n_cells // _CELLS_A_PAGE:
-            self._left = _TOLD_CELLS
+        self._thread.last = _missing_pages(), len(rows)
 
 
 def _missing_pages() -> int:

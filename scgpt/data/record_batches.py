@@ -19,7 +19,7 @@ from scgpt.data.corpus_files import RESTORE, CorpusFiles
 from scgpt.data.ipc_message import Codec, read_metadata
 from scgpt.data.manifest import ShardEntry, check_sizes
 from scgpt.data.recently_used import RecentlyUsed
-from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, RaggedBatch, offsets_of
+from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, CellViews, RaggedBatch, offsets_of
 from scgpt.errors import DataError
 
 CACHE_BYTES = 256 << 20    # of decoded batches, for each opened split
@@ -119,6 +119,10 @@ class BatchShards:
         for group in self._groups(wanted[~alone]):
             self._copy_from(found, group, np.flatnonzero(np.isin(batches, group)), batches, rows)
         return found
+
+    def views(self, cells: NDArray[np.int64]) -> CellViews:
+        """The given cells, in the given order, from a copy."""
+        return self.fetch(cells).views()
 
     def _locate(self, cells: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         batches = np.searchsorted(self._first_cells, cells, side="right") - 1

@@ -3,7 +3,7 @@
 Cell i of a batch owns values [offsets[i], offsets[i + 1]) of `genes` and `expressions`.
 """
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +44,15 @@ class RaggedBatch:
         return RaggedBatch(self.genes[values], self.expressions[values], offsets,
                            {name: column[cells] for name, column in self.columns.items()})
 
+    def views(self) -> "CellViews":
+        """The same cells, as the compiled loops of the batch maths read them; `columns` holds `cell_id`."""
+        genes, expressions = np.ascontiguousarray(self.genes), np.ascontiguousarray(self.expressions)
+        starts = self.offsets[:-1].astype(np.uint64)
+        return CellViews(genes.ctypes.data + starts * np.uint64(genes.itemsize),
+                         expressions.ctypes.data + starts * np.uint64(expressions.itemsize), self.lengths,
+                         np.ascontiguousarray(self.columns[CELL_ID], np.uint64), genes.dtype, expressions.dtype,
+                         int(genes.max(initial=0)) + 1, (genes, expressions))
+
     @staticmethod
     def concatenate(batches: Sequence["RaggedBatch"]) -> "RaggedBatch":
         """Join batches of the same dtypes and columns; at least one batch."""
@@ -52,6 +61,45 @@ class RaggedBatch:
                            offsets_of(np.concatenate([batch.lengths for batch in batches])),
                            {name: np.concatenate([batch.columns[name] for batch in batches])
                             for name in batches[0].columns})
+
+
+def _damaged(cell: int) -> DataError:
+    return DataError(f"cell {cell} of the batch holds a gene id outside the vocabulary", fix="build the corpus again")
+
+
+@dataclass(frozen=True, slots=True)
+class CellViews:
+    """Cells where they lie in memory, such as a mapped corpus: a RaggedBatch without the copy of their values.
+
+    Their gene ids are checked by whoever reads them, with `n_tokens` and `damaged`.
+    """
+
+    genes: NDArray[np.uint64]         # (cells,) address of the first gene id of each; the others follow it
+    expressions: NDArray[np.uint64]   # (cells,) address of its first expression
+    lengths: NDArray[np.int64]        # (cells,) values of each
+    cell_ids: NDArray[np.uint64]      # (cells,)
+    gene_type: np.dtype[np.generic]
+    expression_type: np.dtype[np.generic]
+    n_tokens: int                     # of the vocabulary: a gene id that is not below is damage
+    memory: object                    # what the addresses point into; it must not be freed before
+    damaged: Callable[[int], DataError] = _damaged   # what to raise where cell i holds such an id
+
+    def __len__(self) -> int:
+        return len(self.cell_ids)
+
+    @staticmethod
+    def joined(views: Sequence["CellViews"], order: NDArray[np.int64]) -> "CellViews":
+        """Of the cells of all, in turn, those at the places `order`; views of one vocabulary and the same types."""
+        bounds = offsets_of(np.array([len(part) for part in views]))
+
+        def damaged(cell: int) -> DataError:
+            part = int(np.searchsorted(bounds, order[cell], side="right")) - 1
+            return views[part].damaged(int(order[cell] - bounds[part]))
+
+        genes, expressions, lengths, cell_ids = (np.concatenate(column)[order] for column in zip(
+            *((part.genes, part.expressions, part.lengths, part.cell_ids) for part in views), strict=True))
+        return CellViews(genes, expressions, lengths, cell_ids, views[0].gene_type, views[0].expression_type,
+                         views[0].n_tokens, [part.memory for part in views], damaged)
 
 
 def offsets_of(lengths: NDArray[np.integer]) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scgpt.data.arrow_format import map_shards
 from scgpt.data.corpus_files import CorpusFiles
 from scgpt.data.manifest import SplitEntry
-from scgpt.data.schema import RaggedBatch, offsets_of
+from scgpt.data.schema import CellViews, RaggedBatch, offsets_of
 
 WINDOW_VALUES = 4 << 20   # values that are read at once by what walks through all cells
 
@@ -26,6 +26,9 @@ class Shards(Protocol):
 
     def fetch(self, cells: NDArray[np.int64]) -> RaggedBatch:
         """Copy the given cells out, in the given order, with `cell_id`."""
+
+    def views(self, cells: NDArray[np.int64]) -> CellViews:
+        """The given cells, in the given order; nothing is copied where they are mapped into memory."""
 
 
 def open_shards(files: CorpusFiles, entry: SplitEntry) -> Shards:
@@ -62,6 +65,10 @@ class CellRange:
     def fetch(self, cells: NDArray[np.int64]) -> RaggedBatch:
         """See Shards."""
         return self.shards.fetch(cells + self.first)
+
+    def views(self, cells: NDArray[np.int64]) -> CellViews:
+        """See Shards."""
+        return self.shards.views(cells + self.first)
 
 
 def windows(shards: Shards, first: int, last: int, *, max_values: int = WINDOW_VALUES) -> Iterator[tuple[int, int]]:

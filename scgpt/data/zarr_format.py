@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scgpt.data.corpus_files import RESTORE, CorpusFiles
 from scgpt.data.ipc_message import Codec
 from scgpt.data.manifest import FileEntry, SplitEntry, check_sizes
-from scgpt.data.schema import CELL_ID, EXPRESSIONS, FORMAT, GENES, RaggedBatch, offsets_of
+from scgpt.data.schema import CELL_ID, EXPRESSIONS, FORMAT, GENES, CellViews, RaggedBatch, offsets_of
 from scgpt.data.zarr_chunks import ChunkedArray, unreadable
 from scgpt.errors import DataError, ScgptError
 from scgpt.files import sha256, write_bytes
@@ -257,6 +257,10 @@ class ZarrShards:
         if self._has_deltas:
             gather.sum_deltas(found.genes, found.offsets)
         return found
+
+    def views(self, cells: NDArray[np.int64]) -> CellViews:
+        """The given cells, in the given order, from a copy."""
+        return self.fetch(cells).views()
 
     def _bounds(self, cells: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """First value and number of values of each cell."""

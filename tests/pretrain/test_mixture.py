@@ -8,9 +8,10 @@ from pretrain.draw import order_of
 from pretrain.mixture import Mixture
 from pretrain.order import PERIOD
 from pretrain.peek import peek
+from scgpt.collate import CollateConfig, collate
 from scgpt.config import load_config
 from scgpt.data import TokenDataset
-from scgpt.errors import ConfigError
+from scgpt.errors import ConfigError, DataError
 from scgpt.vocab import GeneVocab
 from tests.pretrain import runs
 from tests.scgpt.data.cells import random_cells, write_corpus
@@ -59,6 +60,32 @@ def test_cells_are_numbered_through_and_fetched_in_any_order(mixture):
         np.testing.assert_array_equal(fetched.genes[own], alone["genes"])
         np.testing.assert_array_equal(fetched.expressions[own], alone["expressions"])
     assert len(mixture.fetch(np.empty(0, np.int64))) == 0
+
+
+@pytest.mark.parametrize("kinds", [(np.uint16, np.float32), (np.uint16, np.uint16)], ids=["two types", "one type"])
+def test_views_are_the_cells_that_are_fetched(tmp_path, kinds):
+    for seed, kind in enumerate(kinds):
+        cells = random_cells(lengths(40), seed=seed, source=str(seed), dtype=kind)
+        write_corpus(tmp_path / str(seed), {"train": [cells]})
+    mixture = Mixture(tuple(TokenDataset.open(tmp_path / str(seed)) for seed in range(2)), (1.0, 1.0))
+    order = np.random.default_rng(0).permutation(80)[:50]
+    found, expected = (collate(cells, CollateConfig(30), cls_id=0, seed=0, epochs=0)
+                       for cells in (mixture.views(order), mixture.fetch(order)))
+    for name in ("gene_ids", "values", "targets", "target_mask", "cu_seqlens", "cell_ids"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert len(mixture.views(np.empty(0, np.int64))) == 0
+
+
+def test_a_damaged_cell_is_told_with_its_corpus(tmp_path):
+    for seed in range(2):
+        write_corpus(tmp_path / str(seed), {"train": [random_cells([9] * 20, seed=seed, source=str(seed))]})
+    genes = TokenDataset.open(tmp_path / "1").fetch(np.array([7])).genes
+    part = tmp_path / "1" / "train" / "part-00000.arrow"
+    part.write_bytes(part.read_bytes().replace(genes.tobytes(), b"\xff" * genes.nbytes))
+    mixture = Mixture(tuple(TokenDataset.open(tmp_path / str(seed)) for seed in range(2)), (1.0, 1.0))
+    with pytest.raises(DataError, match="cell 7 of split 'train' holds a gene id") as caught:
+        collate(mixture.views(np.array([30, 3, 27, 12])), CollateConfig(30), cls_id=0, seed=0, epochs=0)
+    assert str(tmp_path / "1") in str(caught.value)
 
 
 def test_a_step_deals_cells_by_weight_and_epochs_are_told(mixture):

@@ -25,7 +25,7 @@ def random_cells(n_cells, *, seed=0, shortest=0, longest=300, dtype=np.uint16, l
 
 
 class CellsInMemory:
-    """The loader's view of a split: len, fetch, lengths_of."""
+    """The loader's view of a split: len, fetch, views, lengths_of."""
 
     def __init__(self, cells):
         self.cells = cells
@@ -35,6 +35,9 @@ class CellsInMemory:
 
     def fetch(self, indices):
         return self.cells.take(indices)
+
+    def views(self, indices):
+        return self.fetch(indices).views()
 
     def lengths_of(self, indices):
         return self.cells.lengths[indices]

@@ -1,3 +1,4 @@
+import gc
 import os
 import subprocess
 import sys
@@ -7,11 +8,12 @@ import datasets
 import numpy as np
 import pytest
 
+from scgpt.collate import CollateConfig, collate
 from scgpt.data import TokenDataset, verify_corpus, zarr_format
 from scgpt.data.convert import ConvertConfig, convert
 from scgpt.errors import DataError
 
-from .cells import random_cells, write_corpus
+from .cells import N_TOKENS, random_cells, write_corpus
 
 
 @pytest.fixture
@@ -70,14 +72,41 @@ def test_gene_ids_beyond_the_vocabulary_are_told_before_a_model_sees_them(corpus
         dataset.fetch(np.array([0, 1]))
 
 
+@pytest.mark.parametrize("unexpressed_genes", [0, 5])
+def test_gene_ids_beyond_the_vocabulary_are_told_where_cells_are_read_in_place(corpus: Path, unexpressed_genes: int):
+    genes = TokenDataset.open(corpus).fetch(np.array([1])).genes
+    part = corpus / "train" / "part-00000.arrow"
+    content = part.read_bytes()
+    middle = len(genes) // 2   # as ids ascend, the last one is not the largest any more
+    damaged = genes.copy()
+    damaged[middle] = N_TOKENS
+    part.write_bytes(content.replace(genes.tobytes(), damaged.tobytes()))
+    dataset = TokenDataset.open(corpus)
+    config = CollateConfig(20, unexpressed_genes=unexpressed_genes, gene_ids=np.arange(N_TOKENS - 3, dtype=np.int32))
+    collate(dataset.views(np.array([0, 2])), config, cls_id=N_TOKENS - 2, seed=0, epochs=0)
+    with pytest.raises(DataError, match="cell 1 of split 'train' .* beyond the vocabulary .*scgpt data verify"):
+        collate(dataset.views(np.array([2, 1, 0])), config, cls_id=N_TOKENS - 2, seed=0, epochs=0)
+
+
+def test_views_outlive_what_they_were_asked_of(corpus: Path):
+    dataset = TokenDataset.open(corpus)
+    expected = collate(dataset.fetch(np.arange(12)), CollateConfig(20), cls_id=0, seed=0, epochs=0)
+    views = dataset.views(np.arange(12))
+    del dataset
+    gc.collect()
+    np.testing.assert_array_equal(collate(views, CollateConfig(20), cls_id=0, seed=0, epochs=0).targets,
+                                  expected.targets)
+
+
 def test_one_cell_by_index(corpus: Path):
     dataset = TokenDataset.open(corpus)
     last = dataset[-1]
     assert last["genes"].tolist() == dataset.fetch(np.array([11])).genes.tolist()
     with pytest.raises(IndexError):
         dataset[12]
-    with pytest.raises(IndexError):
-        dataset.fetch(np.array([0, -1]))
+    for read in (dataset.fetch, dataset.views):
+        with pytest.raises(IndexError):
+            read(np.array([0, -1]))
 
 
 def test_codes_number_the_sorted_values_over_all_shards(corpus: Path):

@@ -1,4 +1,6 @@
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -40,9 +42,25 @@ def test_the_kernel_is_told_of_cells_while_pages_are_missing(dataset, told, monk
     assert told[2 * told_fetches:] == [[1, 2, 3]] * 2   # as they are stored
 
 
+def test_each_thread_tells_the_pages_that_it_missed_itself(dataset, told, monkeypatch):
+    missing = threading.local()
+    monkeypatch.setattr(read_ahead, "_missing_pages", lambda: getattr(missing, "pages", 0))
+    cells = np.arange(8)
+    for _ in range(-(-read_ahead._TOLD_CELLS // 8) + 1):
+        dataset.views(cells)
+    told.clear()
+    missing.pages = 100
+    with ThreadPoolExecutor(1) as other:   # has missed none, whatever this thread has
+        other.submit(dataset.views, cells).result()
+        other.submit(dataset.views, cells).result()
+    assert not told
+    dataset.views(cells)
+    assert len(told) == 2
+
+
 def test_a_page_missing_now_and_then_is_not_worth_telling(dataset, told, monkeypatch):
     faults = iter(range(1_000))
-    monkeypatch.setattr(read_ahead, "_missing_pages", lambda: next(faults))   # one a fetch
+    monkeypatch.setattr(read_ahead, "_missing_pages", lambda: next(faults))   # one between two looks
     told_fetches = -(-read_ahead._TOLD_CELLS // 20)
     for _ in range(told_fetches + 3):
         dataset.fetch(np.arange(20))

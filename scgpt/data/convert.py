@@ -16,8 +16,9 @@ from scgpt.data import arrow_format, zarr_format
 from scgpt.data.corpus_files import CorpusFiles
 from scgpt.data.ipc_message import Codec
 from scgpt.data.manifest import VOCAB, Manifest, ObsEntry, PartEntry, ShardEntry, SplitEntry, StoreEntry
+from scgpt.data.open_shards import open_shards
 from scgpt.data.schema import offsets_of, part_name
-from scgpt.data.shards import CellRange, Shards, open_shards, part_bounds
+from scgpt.data.shards import CellRange, Shards, part_bounds
 from scgpt.data.verify import verify_corpus
 from scgpt.errors import ConfigError, DataError
 

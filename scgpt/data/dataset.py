@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from scgpt.data.corpus_files import RESTORE, CorpusFiles
 from scgpt.data.manifest import VOCAB, Manifest, SplitEntry
+from scgpt.data.open_shards import open_shards
 from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, CellViews, RaggedBatch
-from scgpt.data.shards import Shards, open_shards
+from scgpt.data.shards import Shards
 from scgpt.data.verify import verify_cells, verify_files
 from scgpt.errors import DataError
 from scgpt.vocab import GeneVocab

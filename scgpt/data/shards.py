@@ -7,9 +7,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from scgpt.data.arrow_format import map_shards
-from scgpt.data.corpus_files import CorpusFiles
-from scgpt.data.manifest import SplitEntry
 from scgpt.data.schema import CellViews, RaggedBatch, offsets_of
 
 WINDOW_VALUES = 4 << 20   # values that are read at once by what walks through all cells
@@ -29,22 +26,6 @@ class Shards(Protocol):
 
     def views(self, cells: NDArray[np.int64]) -> CellViews:
         """The given cells, in the given order; nothing is copied where they are mapped into memory."""
-
-
-def open_shards(files: CorpusFiles, entry: SplitEntry) -> Shards:
-    """Open the tokens of a split that holds cells.
-
-    Raises DataError: a file is missing, has another size, or does not hold what the manifest says.
-    """
-    if entry.store is not None:
-        from scgpt.data.zarr_format import ZarrShards
-
-        return ZarrShards(files, entry)
-    if files.folder is not None and entry.compression is None:
-        return map_shards(files, entry.shards)
-    from scgpt.data.record_batches import BatchShards
-
-    return BatchShards(files, entry.shards)
 
 
 @dataclass(frozen=True, slots=True)

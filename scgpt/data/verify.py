@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 from scgpt.counted import counted
 from scgpt.data.corpus_files import RESTORE, CorpusFiles
 from scgpt.data.manifest import MANIFEST, VOCAB, FileEntry, Manifest, SplitEntry, check_sizes
+from scgpt.data.open_shards import open_shards
 from scgpt.data.schema import CELL_ID, CONTENT_HASH, check_cells
-from scgpt.data.shards import open_shards, part_bounds, windows
+from scgpt.data.shards import part_bounds, windows
 from scgpt.errors import DataError
 
 LOCK = ".lock"                            # held by a build; may stay, holds nothing

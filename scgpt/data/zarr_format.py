@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +25,10 @@ from scgpt.data.corpus_files import RESTORE, CorpusFiles
 from scgpt.data.ipc_message import Codec
 from scgpt.data.manifest import FileEntry, SplitEntry, check_sizes
 from scgpt.data.schema import CELL_ID, EXPRESSIONS, FORMAT, GENES, CellViews, RaggedBatch, offsets_of
+from scgpt.data.shards import Shards, windows
 from scgpt.data.zarr_chunks import ChunkedArray, unreadable
 from scgpt.errors import DataError, ScgptError
 from scgpt.files import sha256, write_bytes
-
-if TYPE_CHECKING:
-    from scgpt.data.shards import Shards
 
 INDPTR = "indptr"
 CHUNK_ITEMS = 1 << 16       # values of an inner chunk: what is read at once
@@ -95,7 +93,7 @@ class StoreLayout:
 class Span:
     """Some neighbouring cells of a split, opened, and what comes before them."""
 
-    shards: "Shards"
+    shards: Shards
     cells: int
     first_cell: int       # cells of the split before them
     first_value: int      # values of the split before them
@@ -163,8 +161,6 @@ def _create(held: dict[str, Any], layout: StoreLayout, array: str) -> Any:
 
 def _items(layout: StoreLayout, array: str, first: int, last: int, span: Span) -> NDArray[Any]:
     """Items [first, last) of an array."""
-    from scgpt.data.shards import windows
-
     shards = span.shards
     if array == CELL_ID:
         return shards.cell_ids(np.arange(first - span.first_cell, last - span.first_cell))

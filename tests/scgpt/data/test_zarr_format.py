@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from scgpt.data import RaggedBatch, TokenDataset, verify_corpus, zarr_chunks, zarr_format
 from scgpt.data.convert import ConvertConfig, convert
-from scgpt.data.shards import open_shards
+from scgpt.data.open_shards import open_shards
 from scgpt.errors import DataError
 
 from .cells import cells_strategy, in_memory, random_cells, same_cells, write_corpus

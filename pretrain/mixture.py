@@ -54,16 +54,22 @@ class Mixture:
         return joined.take(np.argsort(places, kind="stable"))
 
     def views(self, indices: NDArray[np.integer]) -> CellViews:
-        """The given cells in the given order, where they lie in memory, if their values are of one type there."""
-        parts = list(self._by_corpus(indices))
-        views = [part.views(own) for part, _, own in parts]
-        if any(part.expression_type != self._value_type for part in views):
+        """The given cells in the given order, where they lie in memory if all corpora store them in the same types."""
+        if len(self._types) > 1:
             return self.fetch(indices).views()
-        return CellViews.joined(views, np.argsort(np.concatenate([places for _, places, _ in parts])))
+        parts = list(self._by_corpus(indices))
+        return CellViews.joined([part.views(own) for part, _, own in parts],
+                                np.argsort(np.concatenate([places for _, places, _ in parts])))
+
+    @cached_property
+    def _types(self) -> set[tuple[np.dtype[np.generic], np.dtype[np.generic]]]:
+        """Types of genes and expressions of the corpora; ids of one vocabulary may be stored in two."""
+        nothing = (part.fetch(np.empty(0, np.int64)) for part in self.parts if len(part))
+        return {(cells.genes.dtype, cells.expressions.dtype) for cells in nothing}
 
     @cached_property
     def _value_type(self) -> np.dtype[np.generic]:
-        return _common([part.fetch(np.empty(0, np.int64)).expressions.dtype for part in self.parts if len(part)])
+        return _common([expressions for _, expressions in self._types])
 
     def _by_corpus(self, indices: NDArray[np.integer],
                    ) -> "Sequence[tuple[TokenDataset, NDArray[np.int64], NDArray[np.int64]]]":

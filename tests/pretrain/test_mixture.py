@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -62,11 +64,16 @@ def test_cells_are_numbered_through_and_fetched_in_any_order(mixture):
     assert len(mixture.fetch(np.empty(0, np.int64))) == 0
 
 
-@pytest.mark.parametrize("kinds", [(np.uint16, np.float32), (np.uint16, np.uint16)], ids=["two types", "one type"])
-def test_views_are_the_cells_that_are_fetched(tmp_path, kinds):
-    for seed, kind in enumerate(kinds):
+@pytest.mark.parametrize(("kinds", "gene_types"), [
+    ((np.uint16, np.float32), (np.uint16, np.uint16)), ((np.uint16, np.uint16), (np.uint16, np.uint32)),
+    ((np.uint16, np.uint16), (np.uint32, np.uint16)), ((np.uint16, np.uint16), (np.uint16, np.uint16)),
+], ids=["two types of values", "of ids", "of ids, the wider first", "one type"])
+def test_views_are_the_cells_that_are_fetched(tmp_path, kinds, gene_types, monkeypatch):
+    for seed, (kind, gene_type) in enumerate(zip(kinds, gene_types, strict=True)):
         cells = random_cells(lengths(40), seed=seed, source=str(seed), dtype=kind)
-        write_corpus(tmp_path / str(seed), {"train": [cells]})
+        write_corpus(tmp_path / str(seed), {"train": [replace(cells, genes=cells.genes.astype(gene_type))]})
+    if len({*kinds}) + len({*gene_types}) > 2:   # read once, by `fetch`
+        monkeypatch.delattr(TokenDataset, "views")
     mixture = Mixture(tuple(TokenDataset.open(tmp_path / str(seed)) for seed in range(2)), (1.0, 1.0))
     order = np.random.default_rng(0).permutation(80)[:50]
     found, expected = (collate(cells, CollateConfig(30), cls_id=0, seed=0, epochs=0)

@@ -20,7 +20,7 @@ from scgpt.data.corpus_files import RESTORE, CorpusFiles
 from scgpt.data.ipc_message import Codec
 from scgpt.data.manifest import BatchEntry, ShardEntry, check_sizes
 from scgpt.data.read_ahead import ReadAhead, map_for_random_reads
-from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, CellViews, RaggedBatch, offsets_of
+from scgpt.data.schema import CELL_ID, EXPRESSIONS, GENES, CellViews, RaggedBatch, check_types, offsets_of
 from scgpt.errors import DataError
 
 MAX_BATCH_VALUES = 1 << 20   # values of a record batch: 4 MiB at 4 bytes a value; one cell may exceed it
@@ -171,13 +171,17 @@ def map_shards(files: CorpusFiles, shards: Sequence[ShardEntry]) -> ArrowShards:
 
 
 def value_types(schemas: Sequence[pa.Schema], files: CorpusFiles) -> tuple[np.dtype[Any], np.dtype[Any]]:
-    """Types of genes and expressions, one for all shards of a split; else DataError."""
+    """Types of genes and expressions, of the format and one for all shards of a split; else DataError."""
+    where, fix = files.where(), "build the corpus again"
     types = {tuple(schema.field(name).type for name in (GENES, EXPRESSIONS, CELL_ID)) for schema in schemas}
-    lists = types.pop()[:2]
-    if types or not all(isinstance(one, pa.ListType) for one in lists):
-        raise DataError("the shards of one split store values in different types", where=files.where(),
-                        fix="build the corpus again")
+    *lists, ids = types.pop()
+    if types:
+        raise DataError("the shards of one split store values in different types", where=where, fix=fix)
+    if not all(isinstance(one, pa.ListType) for one in lists) or ids != pa.uint64():
+        raise DataError(f"the shards hold cells as {lists[0]}, {lists[1]} and {ids}, not as two lists and uint64",
+                        where=where, fix=fix)
     genes, expressions = (np.dtype(one.value_type.to_pandas_dtype()) for one in lists)
+    check_types(genes, expressions, where=where, fix=fix)
     return genes, expressions
 
 

@@ -5,6 +5,7 @@ Cell i of a batch owns values [offsets[i], offsets[i + 1]) of `genes` and `expre
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ FORMAT_VERSION = 1
 
 GENES, EXPRESSIONS, CELL_ID = "genes", "expressions", "cell_id"   # columns of a token shard
 SOURCE, SOURCE_ROW = "source", "source_row"                       # with CELL_ID, what every metadata file holds
+GENE_TYPES = (np.dtype(np.uint16), np.dtype(np.uint32))
+EXPRESSION_TYPES = (np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.float32))
 CONTENT_HASH = "content_hash"   # its uint64 column of the first halves of the hashes, see scgpt/data/content.py
 
 
@@ -45,8 +48,14 @@ class RaggedBatch:
                            {name: column[cells] for name, column in self.columns.items()})
 
     def views(self) -> "CellViews":
-        """The same cells, as the compiled loops of the batch maths read them; `columns` holds `cell_id`."""
-        genes, expressions = np.ascontiguousarray(self.genes), np.ascontiguousarray(self.expressions)
+        """The same cells, as the compiled loops of the batch maths read them; `columns` holds `cell_id`.
+
+        Raises DataError where boundaries or types are wrong: those loops check neither.
+        """
+        _check_boundaries(self, where="RaggedBatch", fix="give boundaries from 0 to the number of values, ascending")
+        check_types(self.genes.dtype, self.expressions.dtype, where="RaggedBatch", fix="convert the arrays")
+        genes, expressions = (np.require(column, requirements=("C", "ALIGNED"))
+                              for column in (self.genes, self.expressions))
         starts = self.offsets[:-1].astype(np.uint64)
         return CellViews(genes.ctypes.data + starts * np.uint64(genes.itemsize),
                          expressions.ctypes.data + starts * np.uint64(expressions.itemsize), self.lengths,
@@ -71,7 +80,8 @@ def _damaged(cell: int) -> DataError:
 class CellViews:
     """Cells where they lie in memory, such as a mapped corpus: a RaggedBatch without the copy of their values.
 
-    Their gene ids are checked by whoever reads them, with `n_tokens` and `damaged`.
+    The gene ids are checked by whoever reads them, with `n_tokens` and `damaged`. An address means nothing in another
+    process, or without `memory`, so views are neither pickled nor copied.
     """
 
     genes: NDArray[np.uint64]         # (cells,) address of the first gene id of each; the others follow it
@@ -81,11 +91,15 @@ class CellViews:
     gene_type: np.dtype[np.generic]
     expression_type: np.dtype[np.generic]
     n_tokens: int                     # of the vocabulary: a gene id that is not below is damage
-    memory: object                    # what the addresses point into; it must not be freed before
+    memory: object                    # what the addresses point into, kept as long as they are
     damaged: Callable[[int], DataError] = _damaged   # what to raise where cell i holds such an id
 
     def __len__(self) -> int:
         return len(self.cell_ids)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("CellViews hold addresses in this process: hand over the dataset and the indices, "
+                        "or the cells that it fetches")
 
     @staticmethod
     def joined(views: Sequence["CellViews"], order: NDArray[np.int64]) -> "CellViews":
@@ -146,9 +160,7 @@ def check_cells(batch: RaggedBatch, *, n_tokens: int, where: str) -> None:
     """
     offsets, genes = batch.offsets, batch.genes
     fix = "the corpus is damaged: build it again"
-    if (offsets[0] != 0 or offsets[-1] != len(genes) or len(genes) != len(batch.expressions)
-            or (batch.lengths < 0).any()):
-        raise DataError("the boundaries of cells do not fit their values", where=where, fix=fix)
+    _check_boundaries(batch, where=where, fix=fix)
     within = np.ones(len(genes), bool)
     within[offsets[:-1][batch.lengths > 0]] = False
     not_ascending = np.flatnonzero(within[1:] & (genes[1:] <= genes[:-1])) + 1
@@ -160,3 +172,19 @@ def check_cells(batch: RaggedBatch, *, n_tokens: int, where: str) -> None:
         if len(faults):
             cell = int(np.searchsorted(offsets, faults[0], side="right")) - 1
             raise DataError(f"cell {cell} has {what}", where=where, fix=fix)
+
+
+def _check_boundaries(batch: RaggedBatch, *, where: str, fix: str) -> None:
+    offsets, n_values = batch.offsets, len(batch.genes)
+    if offsets[0] != 0 or offsets[-1] != n_values or n_values != len(batch.expressions) or (batch.lengths < 0).any():
+        raise DataError("the boundaries of cells do not fit their values", where=where, fix=fix)
+    for name, column in batch.columns.items():
+        if len(column) != len(batch):
+            raise DataError(f"column '{name}' has {len(column)} values for {len(batch)} cells", where=where, fix=fix)
+
+
+def check_types(genes: np.dtype[np.generic], expressions: np.dtype[np.generic], *, where: str, fix: str) -> None:
+    """Raises DataError where ids or values are of a type that the format does not have, byte order included."""
+    for name, kind, known in ((GENES, genes, GENE_TYPES), (EXPRESSIONS, expressions, EXPRESSION_TYPES)):
+        if kind not in known:
+            raise DataError(f"'{name}' are of type {kind}, not {' or '.join(map(str, known))}", where=where, fix=fix)

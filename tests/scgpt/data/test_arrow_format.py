@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scgpt.data import TokenDataset
-from scgpt.data.arrow_format import write_shard
+from scgpt.data.arrow_format import value_types, write_shard
+from scgpt.data.corpus_files import CorpusFiles
 from scgpt.data.schema import RaggedBatch
 from scgpt.errors import DataError
 
@@ -70,3 +71,18 @@ def test_a_pickled_dataset_carries_its_path_and_opens_again(tmp_path: Path):
     carried = pickle.dumps(dataset)
     assert len(carried) < 1000
     assert pickle.loads(carried).fetch(np.array([7])).genes.tolist() == dataset.fetch(np.array([7])).genes.tolist()
+
+
+@pytest.mark.parametrize(("genes", "expressions", "ids", "says"), [
+    (pa.list_(pa.uint16()), pa.list_(pa.float64()), pa.uint64(), "'expressions' are of type float64, not uint16"),
+    (pa.list_(pa.int32()), pa.list_(pa.uint16()), pa.uint64(), "'genes' are of type int32, not uint16 or uint32"),
+    (pa.list_(pa.uint16()), pa.large_list(pa.uint16()), pa.uint64(), "not as two lists and uint64"),
+    (pa.list_(pa.uint16()), pa.list_(pa.uint16()), pa.uint32(), "not as two lists and uint64"),
+])
+def test_types_that_are_not_of_the_format_are_refused_before_a_value_is_read(tmp_path, genes, expressions, ids, says):
+    files = CorpusFiles(tmp_path)
+    good = pa.schema([("genes", pa.list_(pa.uint16())), ("expressions", pa.list_(pa.float32())),
+                      ("cell_id", pa.uint64())])
+    assert value_types([good, good], files) == (np.uint16, np.float32)
+    with pytest.raises(DataError, match=says):
+        value_types([pa.schema([("genes", genes), ("expressions", expressions), ("cell_id", ids)])], files)

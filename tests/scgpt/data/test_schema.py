@@ -1,12 +1,16 @@
+import copy
 import dataclasses
 import hashlib
+import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scgpt.data.schema import RaggedBatch, cell_ids, check_cells, expression_dtype, gene_dtype
+from scgpt.collate import CollateConfig, collate
+from scgpt.data.schema import CellViews, RaggedBatch, cell_ids, check_cells, expression_dtype, gene_dtype
 from scgpt.errors import DataError
 
 from .cells import N_TOKENS, cells_strategy, random_cells
@@ -36,6 +40,40 @@ def test_concatenating_the_parts_of_a_batch_gives_the_batch(cells: RaggedBatch, 
 def test_valid_cells_pass_the_check(cells: RaggedBatch):
     check_cells(cells, n_tokens=N_TOKENS, where="here")
     assert cells.offsets[-1] == cells.lengths.sum()
+
+
+@pytest.mark.parametrize(("changed", "says"), [
+    ({"offsets": np.array([0, 4, 10, 16])}, "boundaries"), ({"offsets": np.array([1, 4, 10, 15])}, "boundaries"),
+    ({"offsets": np.array([0, 11, 10, 15])}, "boundaries"), ({"expressions": np.ones(14, np.uint16)}, "boundaries"),
+    ({"columns": {"cell_id": np.arange(4, dtype=np.uint64)}}, "'cell_id' has 4 values for 3 cells"),
+    ({"genes": np.arange(15)}, "'genes' are of type int64, not uint16 or uint32"),
+    ({"genes": np.arange(15, dtype=">u2")}, "'genes' are of type >u2"),
+    ({"expressions": np.ones(15)}, "'expressions' are of type float64, not uint16 or uint32 or float32"),
+    ({"expressions": np.ones(15, np.int32)}, "'expressions' are of type int32"),
+])
+def test_what_compiled_loops_would_misread_is_refused(changed: dict[str, np.ndarray], says: str):
+    cells = random_cells([4, 6, 5])
+    cells.views()
+    with pytest.raises(DataError, match=says):
+        dataclasses.replace(cells, **changed).views()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_views_are_not_taken_where_their_addresses_mean_nothing(duplicate: Callable[[CellViews], object]):
+    with pytest.raises(TypeError, match="addresses in this process"):
+        duplicate(random_cells([4, 6, 5]).views())
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.float32])
+def test_arrays_with_gaps_or_between_words_give_the_same_batch(dtype: type):
+    cells = random_cells([40, 0, 6], dtype=dtype)
+    genes, ids = np.repeat(cells.genes, 2)[::2], np.repeat(cells.columns["cell_id"], 3)[::3]
+    between_words = np.frombuffer(b"x" + cells.expressions.tobytes(), np.uint8)[1:].view(dtype)
+    assert not any((genes.flags.c_contiguous, ids.flags.c_contiguous, between_words.flags.aligned))
+    other = RaggedBatch(genes, between_words, cells.offsets, {"cell_id": ids})
+    found, expected = (collate(one, CollateConfig(30), cls_id=0, seed=0, epochs=0) for one in (other, cells))
+    for name in ("gene_ids", "values", "targets", "target_mask", "cell_ids"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
 @pytest.mark.parametrize(("field", "index", "value", "says"), [

@@ -32,8 +32,7 @@ class Scratch(NamedTuple):
 
     sorted_keys: NDArray[np.uint32]  # (longest cell,)
     spare: NDArray[np.uint32]        # (longest cell,)
-    ends: NDArray[np.int32]          # (COUNTERS x TABLE,) counters of the values; the first TABLE then how many are
-    #                                  up to each
+    ends: NDArray[np.int32]          # (COUNTERS x TABLE,) counters of each value; the first then of those up to it
     starts: NDArray[np.int32]        # (digits,) of the radix sort
     around: NDArray[np.float64]      # (2, n_bins - 1) values on either side of each edge
     edges: NDArray[np.float64]       # (n_bins - 1,)

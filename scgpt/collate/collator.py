@@ -111,8 +111,9 @@ def collate(cells: RaggedBatch | CellViews, config: CollateConfig, *, cls_id: in
         epochs: passes over the corpus before this one, of each cell, (cells,), or of all.
         mask: False hides nothing (embedding).
 
-    Raises DataError when the batch has more tokens than int32 boundaries can name, and where views show a gene id
-    outside the vocabulary; ConfigError where unexpressed genes are to be drawn from none.
+    Raises DataError when the batch has more tokens than int32 boundaries can name, where arrays break the layout of a
+    RaggedBatch, and where a gene that stays in the sample of a view has an id outside the vocabulary; ConfigError where
+    unexpressed genes are to be drawn from none.
     """
     cells = cells.views() if isinstance(cells, RaggedBatch) else cells
     cell_ids, expressed, lengths = cells.cell_ids, cells.lengths, config.n_tokens(cells.lengths)

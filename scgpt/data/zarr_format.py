@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scgpt.data.corpus_files import RESTORE, CorpusFiles
 from scgpt.data.ipc_message import Codec
 from scgpt.data.manifest import FileEntry, SplitEntry, check_sizes
-from scgpt.data.schema import CELL_ID, EXPRESSIONS, FORMAT, GENES, CellViews, RaggedBatch, offsets_of
+from scgpt.data.schema import CELL_ID, EXPRESSIONS, FORMAT, GENES, CellViews, RaggedBatch, check_types, offsets_of
 from scgpt.data.shards import Shards, windows
 from scgpt.data.zarr_chunks import ChunkedArray, unreadable
 from scgpt.errors import DataError, ScgptError
@@ -231,6 +231,7 @@ class ZarrShards:
         if wrong:
             raise DataError(f"'{wrong[0]}' has shape {arrays[wrong[0]].shape}, the manifest says {shapes[wrong[0]]}",
                             where=self._where, fix=RESTORE)
+        check_types(arrays[GENES].dtype, arrays[EXPRESSIONS].dtype, where=self._where, fix="build the corpus again")
         pool = None if files.folder is not None else ThreadPoolExecutor(_REMOTE_READS, "zarr")
         self._indptr, self._genes, self._expressions, self._ids = (
             ChunkedArray(arrays[name], pool, f"{self._where}/{name}") for name in (INDPTR, GENES, EXPRESSIONS, CELL_ID))

@@ -1,3 +1,4 @@
+import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -164,6 +165,21 @@ def test_a_store_that_does_not_fit_its_manifest_is_told(stores: Path, tmp_path: 
     splits = {"train": split.model_copy(update={"store": store})}
     manifest.model_copy(update={"splits": splits}).write(tmp_path / "zarr")
     with pytest.raises(DataError, match=r"'indptr' has shape \(41,\), the manifest says 40"):
+        TokenDataset.open(tmp_path / "zarr")
+
+
+@pytest.mark.parametrize(("name", "data_type"), [("genes", "int32"), ("expressions", "float64")])
+def test_types_that_are_not_of_the_format_are_refused_before_a_value_is_read(tmp_path: Path, name: str, data_type: str):
+    write_corpus(tmp_path / "arrow", {"train": [random_cells([20] * 39)]})
+    manifest = convert(tmp_path / "arrow", tmp_path / "zarr", ConvertConfig(form="zarr"))
+    described = tmp_path / "zarr" / "train.zarr" / name / "zarr.json"
+    array = json.loads(described.read_text())
+    described.write_text(json.dumps(array | {"data_type": data_type}))
+    split = manifest.splits["train"]
+    store = split.store.model_copy(update={"files": zarr_format.store_files(tmp_path / "zarr", "train.zarr")})
+    splits = {"train": split.model_copy(update={"store": store})}
+    manifest.model_copy(update={"splits": splits}).write(tmp_path / "zarr")
+    with pytest.raises(DataError, match=f"'{name}' are of type {data_type}, not uint16 or uint32"):
         TokenDataset.open(tmp_path / "zarr")
 
 

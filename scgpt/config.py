@@ -126,11 +126,11 @@ class _Tree:
         self.origins.update(origins)
 
     def origin(self, location: Location) -> str | None:
-        """Where `location`, or the closest key above it that is written down, was set."""
+        """Where `location`, or the closest key above it that is written down, was set; else the first key below it."""
         for end in range(len(location), 0, -1):
             if location[:end] in self.origins:
                 return self.origins[location[:end]]
-        return None
+        return next((origin for key, origin in self.origins.items() if key[:len(location)] == location), None)
 
 
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
@@ -296,7 +296,7 @@ def _position(error: yaml.YAMLError) -> str:
 def _explain(cls: type[Config], error: ValidationError,
              origin: "typing.Callable[[Location], str | None]") -> ConfigError:
     fault = _meant(error.errors())
-    location: Location = tuple(part for part in fault["loc"] if not _is_union_tag(part))
+    location = _written(cls, fault["loc"])
     dotted, where = _dotted(location), origin(location)
     if fault["type"] == "extra_forbidden":
         names = _field_names(cls, location[:-1])
@@ -319,16 +319,27 @@ def _explain(cls: type[Config], error: ValidationError,
 
 
 def _meant(faults: "Sequence[ErrorDetails]") -> "ErrorDetails":
-    """The first fault; where branches of a union tell one each, that of the branch that was meant.
+    """The first fault, keys that are missing last: a mistyped key is unknown, and missing under its right name.
 
-    Its fault is another than that of the value's type, or lies further inside.
+    Where branches of a union tell one each, that of the branch that was meant: its fault is another than that of the
+    value's type, or lies further inside.
     """
+    faults = sorted(faults, key=lambda fault: fault["type"] == "missing")
     first = faults[0]["loc"]
     tag = next((place for place, part in enumerate(first) if _is_union_tag(part)), None)
     if tag is None:
         return faults[0]
     return max((fault for fault in faults if fault["loc"][:tag] == first[:tag]),
                key=lambda fault: (not fault["type"].endswith("_type"), len(fault["loc"])))
+
+
+def _written(cls: type[Config], location: Location) -> Location:
+    """A location without the branches of unions that pydantic names in it; a field may be called `path` as they are."""
+    written: Location = ()
+    for part in location:
+        if not _is_union_tag(part) or part in _field_names(cls, written):
+            written += (part,)
+    return written
 
 
 def _is_union_tag(part: str | int) -> bool:
@@ -354,17 +365,18 @@ def _field_names(cls: type[Config], location: Location, *, required: bool = Fals
     for part in location:
         if isinstance(part, str):
             fields = [group.model_fields[part].annotation for group in groups if part in group.model_fields]
-            groups = [found for annotation in fields for found in _configs_in(annotation)
-                      if within_lists or typing.get_origin(annotation) is not list]
+            groups = [found for annotation in fields for found in _configs_in(annotation, within_lists=within_lists)]
     return [name for group in groups for name, field in group.model_fields.items()
             if field.is_required() or not required]
 
 
-def _configs_in(annotation: Any) -> list[type[Config]]:
+def _configs_in(annotation: Any, *, within_lists: bool) -> list[type[Config]]:
     if (isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias)
             and issubclass(annotation, Config)):
         return [annotation]
-    return [found for part in typing.get_args(annotation) for found in _configs_in(part)]
+    if typing.get_origin(annotation) is list and not within_lists:
+        return []
+    return [found for part in typing.get_args(annotation) for found in _configs_in(part, within_lists=within_lists)]
 
 
 def _leaves(annotation: Any) -> list[Any]:

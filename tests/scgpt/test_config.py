@@ -74,6 +74,30 @@ def test_a_list_that_is_missing_is_named_itself():
         validate(Many, {})
 
 
+class Either(Config):
+    corpus: str | Annotated[list[Item], Field(min_length=1)]
+    workers: int = 0
+
+
+class Nested(Config):
+    data: Either
+    seed: int = 0
+
+
+@pytest.mark.parametrize(("overrides", "says"), [
+    (["seed=1"], r"the key 'data\.corpus' is missing; set it in the file or give data\.corpus=\.\.\.$"),
+    (["data.workers=1"], r"the key 'data\.corpus' is missing; set it in the file or give data\.corpus=\.\.\.$"),
+    (["data.corpsu=a"], r"unknown key 'data\.corpsu' \(command line: data\.corpsu=a\); did you mean 'corpus'\?"),
+    (["daat.corpus=a"], r"unknown key 'daat' \(command line: daat\.corpus=a\); did you mean 'data'\?"),
+    (["data.corpus=[{pathh: a}]"], r"unknown key 'data\.corpus\.0\.pathh' .* did you mean 'path'\?"),
+    (["data.corpus=[{}]"], r"the key 'data\.corpus\.0\.path' is missing"),
+])
+def test_a_required_key_that_was_mistyped_is_told_as_mistyped_and_a_missing_one_by_its_own_name(
+        tmp_path: Path, overrides: list[str], says: str):
+    with pytest.raises(ConfigError, match=says):
+        load_config(Nested, write(tmp_path / "a.yaml", ""), overrides, kind="pretrain")
+
+
 def test_later_files_and_the_command_line_override_key_by_key(tmp_path: Path):
     write(tmp_path / "base" / "b.yaml", "seed: 1\nbatch: {rate: 0.5, micro_batch_size: 8}\n")
     config = load_config(Outer, write(tmp_path / "a.yaml", "include: base/b.yaml\nbatch: {rate: 0.25}\n"),

@@ -6,6 +6,8 @@ upstream's are unseeded. Memory is that of a block of rows and of the model, wha
 to the embedding block by block, and a forward pass takes a bounded number of tokens.
 """
 import dataclasses
+import errno
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 
 from scgpt.collate import CollateConfig, collate
 from scgpt.data.schema import RaggedBatch
-from scgpt.errors import CheckpointError, ConfigError, SourceError
+from scgpt.errors import CheckpointError, ConfigError, ScgptError, SourceError
 from scgpt.files import publish, remove_abandoned
 from scgpt.vocab import CLS, PAD, GeneVocab
 
@@ -99,7 +101,7 @@ def embed_file(release: Path, source_path: Path, out: Path, *, seed: int = 0, de
         with _advice(_FIX_GENES):
             gene_map = map_source(source, embedder.vocab, min_gene_overlap=MIN_GENE_OVERLAP)
         remove_abandoned(out)
-        with publish(out) as temporary:
+        with _full_disk_is_of(out), publish(out) as temporary:
             shutil.copyfile(source_path, temporary)
             _write(temporary, source.n_cells, embedder.d_model, embed_blocks(embedder, source, gene_map, seed=seed))
         return Embedded(out, source.n_cells, embedder.d_model, source.n_genes, gene_map.n_mapped)
@@ -114,6 +116,18 @@ def _advice(fix: str) -> Iterator[None]:
         if error.fix not in _FIXES:
             error.fix = fix
         raise
+
+
+@contextmanager
+def _full_disk_is_of(out: Path) -> Iterator[None]:
+    """A copy that finds no room names the file that it reads, and HDF5 its own source: it is the output's disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise ScgptError(os.strerror(errno.ENOSPC), where=str(out),
+                         fix="make room, or give an --out on another disk") from error
 
 
 def load_embedder(release: Path, device: str = "auto") -> Embedder:

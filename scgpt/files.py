@@ -52,7 +52,9 @@ def publish(path: Path) -> Iterator[Path]:
         fsync_path(path.parent)
     except BaseException as error:
         if isinstance(error, OSError) and (error.filename is None or str(temporary) in str(error.filename)):
-            error.filename, error.filename2 = str(path), None   # what the user knows, not the temporary name
+            error.strerror = error.strerror or str(error)   # HDF5 gives a sentence only: a name would hide it
+            error.filename = str(path)   # what the user knows, not the temporary name
+            del error.filename2
         remove(temporary)
         raise
 

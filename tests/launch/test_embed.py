@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from data_pipeline.tokenization import tokenize_block
 from launch import embed as embed_module
 from launch.embed import OBSM_KEY, SOURCE_NAME, Embedder, batches_of, embed_cells, embed_file, load_embedder
 from scgpt.collate import collate
-from scgpt.errors import CheckpointError, ConfigError, SourceError
+from scgpt.errors import CheckpointError, ConfigError, ScgptError, SourceError
 from scgpt.files import sha256
 from scgpt.model import ModelConfig, build_model
 from scgpt.vocab import CLS, SPECIAL_TOKENS, GeneVocab
@@ -153,6 +155,22 @@ def test_what_cannot_be_embedded_leaves_nothing(tiny_release: Path, cells_h5ad: 
     with pytest.raises(SourceError, match=r"negative values.*give a whole \.h5ad file whose X or raw holds"):
         embed_file(tiny_release, tmp_path / "negative.h5ad", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign.h5ad", "negative.h5ad"]
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "cells.h5ad"),   # a copy names what it reads
+    OSError("Can't write data (file write failed: errno = 28, error message = 'No space left on device')"),   # HDF5
+])
+def test_a_full_disk_is_that_of_the_output(tiny_release, cells_h5ad, tmp_path, monkeypatch, error):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(embed_module, "_write", fail)
+    out = tmp_path / "out.h5ad"
+    with pytest.raises(ScgptError) as caught:
+        embed_file(tiny_release, cells_h5ad, out)
+    assert str(caught.value) == f"No space left on device ({out}); make room, or give an --out on another disk"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_vocabulary_without_its_special_tokens_is_named(tiny_release: Path, cells_h5ad: Path, tmp_path: Path):

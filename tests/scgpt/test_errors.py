@@ -25,6 +25,13 @@ def test_the_temporary_name_is_never_shown(tmp_path: Path):
                                           "its permissions and the disk")
 
 
+def test_a_sentence_without_a_number_is_kept_beside_the_path(tmp_path: Path):
+    with pytest.raises(OSError, match="file write failed") as caught, files.publish(tmp_path / "a"):
+        raise OSError("file write failed: errno = 28")   # as HDF5 does
+    assert str(explain(caught.value)) == (f"file write failed: errno = 28 ({tmp_path / 'a'}); check the path, "
+                                          "its permissions and the disk")
+
+
 def test_another_file_s_error_keeps_its_own_name(tmp_path: Path):
     with pytest.raises(FileNotFoundError) as caught, files.publish(tmp_path / "a"):
         (tmp_path / "source").read_bytes()

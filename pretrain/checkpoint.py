@@ -93,9 +93,15 @@ def save(engine: Engine, checkpoints: Path, state: RunState, world: World, *, ke
         if isinstance(error, RuntimeError) and is_lost_peer(error):
             raise
         kind = CheckpointError if world.is_first else RankError   # the disk of one rank alone: that rank tells
-        raise kind(f"the checkpoint of step {state.step} cannot be written: {str(error).splitlines()[0]} "
+        raise kind(f"the checkpoint of step {state.step} cannot be written: {_reason(error)} "
                    f"({shutil.disk_usage(checkpoints).free / 1e9:.1f} GB free)", where=str(checkpoints),
                    fix="make room; the same command continues from the checkpoint before") from error
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    """Why a file cannot be written; torch's writer of archives loses the system's word where a disk takes no more."""
+    text = str(error).splitlines()[0]
+    return "the disk took a part of a file only" if "unexpected pos" in text else text
 
 
 def _begin(final: Path, building: Path) -> bool:

@@ -26,7 +26,7 @@ from pretrain.schedule import learning_rate
 from pretrain.starting_point import begin_from
 from pretrain.stopwatch import TO_DEVICE
 from pretrain.tracing import TRACES, traced
-from pretrain.world import RankError, World, is_lost_peer, join_world
+from pretrain.world import RankError, World, is_lost_peer, join_world, words_of_transport
 from scgpt.counted import counted
 from scgpt.errors import EXIT_DONE, EXIT_INTERRUPTED, CheckpointError
 from scgpt.files import write_bytes, write_json
@@ -59,7 +59,7 @@ def _lost_peers_are_told() -> Iterator[None]:
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        raise RankError(f"another rank is gone or hung ({str(error).strip().splitlines()[0]})",
+        raise RankError(f"another rank is gone or hung ({words_of_transport(error)})",
                         fix="see what it said; the same command continues from the last checkpoint") from error
 
 

@@ -93,7 +93,7 @@ def open_run(config: TrainConfig, path: Path, corpus: Corpus, world: World) -> I
 def _claim(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        found = sorted(part.name for part in path.iterdir())
+        found = sorted((part.name for part in path.iterdir()), key=lambda name: (name.startswith("."), name))
         if found and not {CONFIG, "ranks"} & set(found):
             raise ConfigError(f"the output directory holds something else: {found[0]}", where=str(path),
                               fix="give a new directory, or that of a run to continue")

@@ -4,6 +4,7 @@ A launcher (deepspeed, torchrun, srun with the same variables) sets RANK, WORLD_
 process is alone, and needs no port: its group lives in memory, so runs side by side cannot meet.
 """
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,12 @@ class RankZeroError(ScgptError):
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone or hung: torch has no class of its own for it."""
     return any(word in str(error).lower() for word in _PEER_LOST)
+
+
+def words_of_transport(error: RuntimeError) -> str:
+    """What was noticed of a lost peer: the first line, without a place in the transport's source and its advice."""
+    line = str(error).strip().splitlines()[0]
+    return re.sub(r"^\[[^\]\s]*:\d+\] ", "", line).partition(". This is typically caused by")[0]
 
 
 @dataclass(frozen=True, slots=True)

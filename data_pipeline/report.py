@@ -46,9 +46,11 @@ def write_report(corpus: Path | str, out: Path | None = None) -> tuple[Path, Rep
     not called *.html, when its folder cannot be written, when the place of its numbers is taken by another file, or
     without `out` for a URL.
     """
-    folder = CorpusFiles(corpus).folder
+    files = CorpusFiles(corpus)
+    Manifest.read(files)   # first: beside what is no corpus there is no place for a page
+    folder = files.folder
     if out is None and folder is None:
-        raise ConfigError("a page is not written behind a URL", where=CorpusFiles(corpus).where(),
+        raise ConfigError("a page is not written behind a URL", where=files.where(),
                           fix="say where it shall lie: --out FILE.html")
     out = out or (folder or Path()) / HTML_NAME
     if out.suffix != ".html":

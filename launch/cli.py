@@ -19,8 +19,6 @@ from scgpt.process import begin_program, exit_code, print_answer, run_program
 from scgpt.stderr import LastingStderr, say
 from scgpt.words import count, path, seed, size
 
-CONFIG_KINDS = ("corpus", "model", "pretrain")
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -228,7 +226,7 @@ def config_show(args: argparse.Namespace) -> Answer:
 
 def config_list(args: argparse.Namespace) -> Answer:
     """Print the configurations that ship."""
-    from scgpt.config import shipped_configs
+    from scgpt.config import CONFIG_KINDS, shipped_configs
 
     names = {kind: list(shipped_configs(kind)) for kind in CONFIG_KINDS}
     return Answer("\n".join(f"{kind + ':':10} {' '.join(names[kind])}" for kind in CONFIG_KINDS), dict(names))

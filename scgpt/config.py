@@ -30,6 +30,7 @@ from scgpt.errors import ConfigError
 if typing.TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+CONFIG_KINDS = ("corpus", "model", "pretrain")   # folders of configs/
 Location = tuple[str | int, ...]
 C = TypeVar("C", bound="Config")
 
@@ -205,7 +206,8 @@ def _find(config: str | Path, kind: str) -> Path:
     shipped = shipped_configs(kind)
     if str(config) in shipped:
         return shipped[str(config)]
-    raise ConfigError(f"there is no {kind} configuration '{config}'",
+    other = next((f", it is one of {other}" for other in CONFIG_KINDS if str(config) in shipped_configs(other)), "")
+    raise ConfigError(f"there is no {kind} configuration '{config}'{other}",
                       fix=f"{did_you_mean(str(config), shipped)}give a YAML file or one of: {', '.join(shipped)}")
 
 

@@ -232,8 +232,9 @@ def test_the_command_answers_with_where_it_is(corpus: Path, tmp_path: Path, caps
     answer = json.loads(capsys.readouterr().out)
     assert Path(answer["report"]).exists()
     assert json.loads(Path(answer["numbers"]).read_text())["totals"]["cells_kept"] == answer["cells_kept"]
-    assert cli.main(["report", str(tmp_path)]) == 1
-    assert "not a corpus" in capsys.readouterr().err
+    for nowhere in (tmp_path, tmp_path / "nowhere"):
+        assert cli.main(["report", str(nowhere)]) == 1
+        assert "not a corpus" in capsys.readouterr().err
 
 
 def test_a_page_is_refused_where_its_numbers_would_overwrite_it(corpus: Path, tmp_path: Path) -> None:

@@ -197,3 +197,5 @@ def test_a_switch_is_still_one(tmp_path: Path, setting: str, value: object):
 def test_an_unknown_name_lists_what_ships(tmp_path: Path):
     with pytest.raises(ConfigError, match="there is no pretrain configuration 'dmeo'"):
         load_config(Outer, "dmeo", kind="pretrain")
+    with pytest.raises(ConfigError, match="there is no pretrain configuration 'blood', it is one of corpus; give"):
+        load_config(Outer, "blood", kind="pretrain")

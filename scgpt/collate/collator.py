@@ -6,16 +6,15 @@ loop reads the cells where they lie, for a mapped corpus its pages, and has the 
 cache meanwhile. It releases the GIL. Its machine code is cached beside the source; the first call in a fresh clone
 compiles it.
 """
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from scgpt import rng
 from scgpt.collate import binning, masking, sampling
 from scgpt.collate.binning import (
     Scratch,
@@ -28,6 +27,7 @@ from scgpt.collate.binning import (
     scratch_for,
     sort_keys,
 )
+from scgpt.collate.compiled import digest_of
 from scgpt.collate.masking import draw_ratio, hide, split
 from scgpt.collate.packing import PackedBatch
 from scgpt.collate.sampling import BLOCK, any_above, copy, sample, take
@@ -168,11 +168,7 @@ class _Recipe(NamedTuple):
 
 
 def _compiled(sources: str) -> Callable[..., int]:
-    """The compiled loop over cells.
-
-    Numba keeps its machine code and notices a change of this file alone, but the steps that the loop calls are compiled
-    into it. What a function captures is part of the key of that cache, hence `sources`, a digest of the steps' files.
-    """
+    """The loop over cells; `sources`: a digest of the files of its steps, see scgpt/collate/compiled.py."""
 
     @njit(cache=True, nogil=True)
     def collate_cells(genes_at: NDArray[np.uint64], expressions_at: NDArray[np.uint64], lengths: NDArray[np.int64],
@@ -241,5 +237,4 @@ def _compiled(sources: str) -> Callable[..., int]:
     return collate_cells
 
 
-_collate_cells = _compiled(hashlib.sha256(b"".join(
-    Path(str(step.__file__)).read_bytes() for step in (gather, sampling, binning, masking))).hexdigest())
+_collate_cells = _compiled(digest_of(rng, gather, sampling, binning, masking))

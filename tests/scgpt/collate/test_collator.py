@@ -232,14 +232,21 @@ def test_an_edit_of_a_step_is_noticed_although_machine_code_is_cached(tmp_path):
     code = ("import numpy as np; from scgpt.collate import CollateConfig, collate; from scgpt.data import RaggedBatch\n"
             "cells = RaggedBatch(np.arange(5, dtype=np.uint16), np.ones(5, np.uint16), np.array([0, 5]),"
             " {'cell_id': np.zeros(1, np.uint64)})\n"
-            "print(collate(cells, CollateConfig(9), cls_id=7, seed=0, epochs=0).gene_ids.tolist())")
+            "print(collate(cells, CollateConfig(9), cls_id=7, seed=0, epochs=0).gene_ids.tolist())\n"
+            "more = CollateConfig(9, unexpressed_genes=3, gene_ids=np.arange(90, dtype=np.int32))\n"
+            "print(collate(cells, more, cls_id=7, seed=0, epochs=0).gene_ids[6:].tolist())")
 
     def run():
         environment = os.environ | {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
         return subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True,
-                              capture_output=True, text=True).stdout.strip()
+                              capture_output=True, text=True).stdout.splitlines()
 
-    assert run() == "[7, 0, 1, 2, 3, 4]"
+    first, drawn = run()
+    assert first == "[7, 0, 1, 2, 3, 4]"
+    constants = tmp_path / "scgpt" / "rng.py"
+    constants.write_text(constants.read_text().replace("PURPOSE_UNEXPRESSED = np.uint64(14)",
+                                                       "PURPOSE_UNEXPRESSED = np.uint64(140)"))
+    assert run()[1] != drawn
     step = tmp_path / "scgpt" / "collate" / "sampling.py"
     step.write_text(step.read_text().replace("out[t] = values[t]", "out[t] = values[0]"))
-    assert run() == "[7, 0, 0, 0, 0, 0]"
+    assert run()[0] == "[7, 0, 0, 0, 0, 0]"

@@ -132,10 +132,14 @@ def _full_disk_is_of(out: Path) -> Iterator[None]:
 
 def load_embedder(release: Path, device: str = "auto") -> Embedder:
     """The model of a release folder (args.json, vocab.json, tensors), ready to embed."""
+    from pretrain.checkpoint import SUMS, check_sums
     from scgpt.model.build import build_model
     from scgpt.model.config import ModelConfig, read_args
-    from scgpt.model.weights import load_state, read_state, weights_file
+    from scgpt.model.weights import load_state, read_state, weights_file, weights_files
 
+    if (release / SUMS).is_file():   # a published folder has none; `best_model.pt` beside safetensors is not read
+        check_sums(release, fix="take the release from where it was published, or export it again",
+                   only=["args.json", "vocab.json", *(path.name for path in weights_files(release))])
     args = read_args(release)
     vocab = GeneVocab.from_file(release / "vocab.json", default_token=None)
     missing = [token for token in (CLS, PAD) if token not in vocab]

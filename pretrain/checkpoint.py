@@ -13,7 +13,7 @@ in stage 3 and unpickles whatever it is given.
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -147,8 +147,8 @@ def sums_bytes(sums: Mapping[str, str]) -> bytes:
     return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
 
 
-def check_sums(folder: Path, *, fix: str) -> dict[str, str]:
-    """Hold every file of a folder against its SHA256SUMS; name -> sha256.
+def check_sums(folder: Path, *, fix: str, only: Collection[str] = ()) -> dict[str, str]:
+    """Hold every file of a folder, or `only` some of them, against its SHA256SUMS; name -> sha256 of all.
 
     Raises CheckpointError at the first fault: no list, a list that is not exactly what `sums_bytes` writes, a file that
     is missing, changed or not in the list.
@@ -162,7 +162,7 @@ def check_sums(folder: Path, *, fix: str) -> dict[str, str]:
     if not sums or sums_bytes(sums) != content:
         raise CheckpointError(f"{SUMS} was changed after it was written", where=str(folder), fix=fix)
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SUMS}
-    for name in sorted(found | set(sums)):
+    for name in sorted(only or found | set(sums)):
         if name not in found:
             raise CheckpointError(f"the file '{name}' is missing", where=str(folder), fix=fix)
         if name not in sums:

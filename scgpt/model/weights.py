@@ -48,6 +48,12 @@ def weights_file(release: Path) -> Path:
                 release / PT_FILE)
 
 
+def weights_files(release: Path) -> list[Path]:
+    """All files of a release that its tensors are read from: `weights_file`, with the files that an index lists."""
+    file = weights_file(release)
+    return [file, *(release / name for name in _files_of(file))] if file.suffix == ".json" else [file]
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` or `.pt` file, or of an index's files, mapped where the format allows.
 

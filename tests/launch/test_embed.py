@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from scipy import sparse
 
 from data_pipeline.genes import map_source
@@ -19,9 +20,10 @@ from data_pipeline.sources import open_source
 from data_pipeline.tokenization import tokenize_block
 from launch import embed as embed_module
 from launch.embed import OBSM_KEY, SOURCE_NAME, Embedder, batches_of, embed_cells, embed_file, load_embedder
+from pretrain.checkpoint import SUMS, sums_bytes
 from scgpt.collate import collate
 from scgpt.errors import CheckpointError, ConfigError, ScgptError, SourceError
-from scgpt.files import sha256
+from scgpt.files import sha256, write_bytes
 from scgpt.model import ModelConfig, build_model
 from scgpt.vocab import CLS, SPECIAL_TOKENS, GeneVocab
 
@@ -171,6 +173,26 @@ def test_a_full_disk_is_that_of_the_output(tiny_release, cells_h5ad, tmp_path, m
         embed_file(tiny_release, cells_h5ad, out)
     assert str(caught.value) == f"No space left on device ({out}); make room, or give an --out on another disk"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["args.json", "vocab.json", "model-00002-of-00002.safetensors"])
+def test_a_damaged_file_of_a_release_is_named_and_one_beside_it_is_none(tiny_release, cells_h5ad, tmp_path, name):
+    release = shutil.copytree(tiny_release, tmp_path / "release")
+    state = torch.load(release / "best_model.pt", weights_only=True)
+    (release / "best_model.pt").unlink()
+    first, second = ({key: state[key].contiguous() for key in keys} for keys in (list(state)[::2], list(state)[1::2]))
+    files = {"model-00001-of-00002.safetensors": first, "model-00002-of-00002.safetensors": second}
+    for file, tensors in files.items():
+        save_file(tensors, release / file)
+    index = {"weight_map": {key: file for file, tensors in files.items() for key in tensors}}
+    (release / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_bytes(release / SUMS, sums_bytes({path.name: sha256(path) for path in release.iterdir()}))
+    embed_file(release, cells_h5ad, release / "out.h5ad")
+    content = bytearray((release / name).read_bytes())
+    content[-2] ^= 1
+    (release / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"'{name}' is not what SHA256SUMS says"):
+        embed_file(release, cells_h5ad, release / "out.h5ad")
 
 
 def test_a_vocabulary_without_its_special_tokens_is_named(tiny_release: Path, cells_h5ad: Path, tmp_path: Path):

@@ -2,6 +2,7 @@ import gc
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -73,17 +74,26 @@ def test_gene_ids_beyond_the_vocabulary_are_told_before_a_model_sees_them(corpus
 
 
 @pytest.mark.parametrize("unexpressed_genes", [0, 5])
-def test_gene_ids_beyond_the_vocabulary_are_told_where_cells_are_read_in_place(corpus: Path, unexpressed_genes: int):
-    genes = TokenDataset.open(corpus).fetch(np.array([1])).genes
-    part = corpus / "train" / "part-00000.arrow"
-    content = part.read_bytes()
-    middle = len(genes) // 2   # as ids ascend, the last one is not the largest any more
+@pytest.mark.parametrize(("dtype", "gene"), [
+    (np.uint16, N_TOKENS - 1), (np.uint16, N_TOKENS), (np.uint32, N_TOKENS - 1), (np.uint32, N_TOKENS),
+    (np.uint32, 1 << 31), (np.uint32, (1 << 32) - 1),   # negative as the int32 of a batch
+])
+def test_gene_ids_beyond_the_vocabulary_are_told_where_cells_are_read_in_place(tmp_path: Path, dtype: type, gene: int,
+                                                                               unexpressed_genes: int):
+    cells = random_cells([5, 9, 1])
+    write_corpus(tmp_path, {"train": [replace(cells, genes=cells.genes.astype(dtype))]})
+    genes = TokenDataset.open(tmp_path).fetch(np.array([1])).genes
     damaged = genes.copy()
-    damaged[middle] = N_TOKENS
-    part.write_bytes(content.replace(genes.tobytes(), damaged.tobytes()))
-    dataset = TokenDataset.open(corpus)
+    damaged[len(genes) // 2] = gene   # as ids ascend, the last one is not the largest any more
+    part = tmp_path / "train" / "part-00000.arrow"
+    part.write_bytes(part.read_bytes().replace(genes.tobytes(), damaged.tobytes()))
+    dataset = TokenDataset.open(tmp_path)
     config = CollateConfig(20, unexpressed_genes=unexpressed_genes, gene_ids=np.arange(N_TOKENS - 3, dtype=np.int32))
     collate(dataset.views(np.array([0, 2])), config, cls_id=N_TOKENS - 2, seed=0, epochs=0)
+    if gene < N_TOKENS:
+        batch = collate(dataset.views(np.array([2, 1, 0])), config, cls_id=N_TOKENS - 2, seed=0, epochs=0)
+        assert gene in batch.gene_ids
+        return
     with pytest.raises(DataError, match="cell 1 of split 'train' .* beyond the vocabulary .*scgpt data verify"):
         collate(dataset.views(np.array([2, 1, 0])), config, cls_id=N_TOKENS - 2, seed=0, epochs=0)
 

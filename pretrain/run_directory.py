@@ -109,7 +109,7 @@ def _check_same(config: TrainConfig, path: Path) -> list[str]:
     if not saved.is_file():
         return []
     try:
-        before, passed_over = config_of_run(read_values(saved), where=str(saved))
+        before, passed_over = config_of_run(read_values(saved, kind="pretrain"), where=str(saved))
     except ConfigError:
         if checkpoint.steps_of(path / CHECKPOINTS):   # they hold it too; what is damaged here is written anew
             return []

@@ -2,7 +2,7 @@
 
 Unknown keys, wrong values and missing keys fail with the key, its file and line, the nearest valid name and what is
 allowed. Scalars follow YAML 1.2 where PyYAML follows 1.1: `off` is a word, `1e-4` is a number. A relative path in a
-file is relative to that file; on the command line, to the working directory.
+file is relative to that file; on the command line, to the working directory. `include: demo` takes one that ships.
 """
 import difflib
 import re
@@ -155,15 +155,15 @@ def load_config(cls: type[C], config: str | Path, overrides: Sequence[str] = (),
     Raises ConfigError for a missing file, malformed YAML, an unknown or wrong key.
     """
     tree = _Tree()
-    _read(_find(config, kind), tree, ())
+    _read(_find(config, kind), tree, (), kind)
     _override(tree, overrides)
     return validate(cls, tree.values, origin=tree.origin)
 
 
-def read_values(path: Path) -> dict[str, Any]:
+def read_values(path: Path, *, kind: str) -> dict[str, Any]:
     """The keys and values of a YAML file as they are, of whatever version; raises ConfigError where it is none."""
     tree = _Tree()
-    _read(path, tree, ())
+    _read(path, tree, (), kind)
     return tree.values
 
 
@@ -211,7 +211,7 @@ def _find(config: str | Path, kind: str) -> Path:
                       fix=f"{did_you_mean(str(config), shipped)}give a YAML file or one of: {', '.join(shipped)}")
 
 
-def _read(path: Path, tree: _Tree, seen: tuple[Path, ...]) -> None:
+def _read(path: Path, tree: _Tree, seen: tuple[Path, ...], kind: str) -> None:
     path = path.resolve()
     if path in seen:
         raise ConfigError("a configuration includes itself", where=" > ".join(map(str, (*seen, path))),
@@ -241,7 +241,7 @@ def _read(path: Path, tree: _Tree, seen: tuple[Path, ...]) -> None:
         raise ConfigError(f"wrong value of 'include' = {includes!r}", where=str(path),
                           fix="give the path of a YAML file, or a list of such paths")
     for include in includes:
-        _read(path.parent / include, tree, (*seen, path))
+        _read(path.parent / _find(include, kind), tree, (*seen, path), kind)   # what ships has an absolute path
     tree.merge(values, origins)
 
 

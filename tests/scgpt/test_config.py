@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from scgpt.config import Bytes, Config, ConfigPath, Seed, load_config, validate
+from scgpt.config import Bytes, Config, ConfigPath, Seed, load_config, read_values, shipped_configs, validate
 from scgpt.errors import ConfigError
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -192,6 +192,15 @@ def test_what_must_be_a_list_is_called_one(tmp_path: Path, setting: str):
 def test_a_switch_is_still_one(tmp_path: Path, setting: str, value: object):
     loaded = load_config(Outer, write(tmp_path / "a.yaml", ""), [f"loud={setting}"], kind="pretrain")
     assert (type(loaded.loud), loaded.loud) == (type(value), value)
+
+
+def test_a_file_includes_what_ships_by_its_name(tmp_path: Path):
+    path = write(tmp_path / "a.yaml", "include: [demo, mine.yaml]\ntrain: {max_steps: 7}\n")
+    write(tmp_path / "mine.yaml", "train: {max_steps: 5, log_every: 5}\n")
+    ships = read_values(shipped_configs("pretrain")["demo"], kind="pretrain")
+    assert read_values(path, kind="pretrain") == {**ships, "train": {**ships["train"], "max_steps": 7, "log_every": 5}}
+    with pytest.raises(ConfigError, match=r"there is no pretrain configuration 'dmeo'; did you mean 'demo'\?"):
+        read_values(write(tmp_path / "b.yaml", "include: dmeo\n"), kind="pretrain")
 
 
 def test_an_unknown_name_lists_what_ships(tmp_path: Path):
